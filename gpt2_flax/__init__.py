@@ -1,0 +1,13 @@
+"""GPT-2 in JAX: the Flax model class, a trainer, checkpoints that open in PyTorch."""
+
+__version__ = "0.1.0"
+__all__ = ["FlaxGPT2LMHeadModel"]
+
+
+def __getattr__(name: str):
+    # Loaded on first use: gpt2_flax.config must not cost an import of JAX.
+    if name in __all__:
+        from gpt2_flax import pretrained
+
+        return getattr(pretrained, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,394 @@
+"""Every setting of a training run: its type, default, unit and meaning.
+
+A setting is written as a flag (`--n_layers 6`) or as a YAML key (`n_layers: 6`) of the same
+name; flags win over the file given by `--config`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import pathlib
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+import yaml
+
+from gpt2_flax.errors import UserError
+
+# WikiText left its short name; the hub knows it by this one.
+DATASET_ALIASES = {"wikitext": "Salesforce/wikitext"}
+EMBEDDED_DATASET = "python_stdlib"
+MAX_YAML_BYTES = 64 * 1024
+
+
+def setting(default, help, **metadata):
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The resolved settings of one run."""
+
+    # Model
+    n_layers: int = setting(12, "transformer blocks")
+    n_heads: int = setting(12, "attention heads; must divide n_embd")
+    n_embd: int = setting(768, "width of the residual stream")
+    n_positions: int = setting(1024, "longest context the model has positions for, tokens")
+    dropout: float = setting(0.1, "rate for embeddings, attention and residual branches")
+    init_from: str = setting("", "directory of a model to start from, instead of random weights")
+
+    # Text
+    dataset: str = setting(
+        "wikitext",
+        f"name on the Hugging Face hub, or {EMBEDDED_DATASET}: Python's own source files,"
+        " no network needed",
+    )
+    dataset_config: str = setting(
+        "", "configuration of the dataset (WikiText's default: wikitext-2-raw-v1)"
+    )
+    text_column: str = setting("text", "the dataset's column that holds the text")
+    train_file: tuple[str, ...] = setting(
+        (), "UTF-8 text to train on instead of a dataset; repeatable, globs allowed"
+    )
+    validation_file: tuple[str, ...] = setting((), "UTF-8 text to evaluate on")
+    validation_share: float = setting(
+        0.05, "share of the text held out from its end when there is no validation text"
+    )
+    tokenizer: str = setting(
+        "gpt2", "gpt2, another name on the hub, a local directory, bytes, or bpe:N"
+    )
+    block_size: int = setting(128, "tokens in a training row; at most n_positions")
+    add_eos: bool = setting(True, "put the end-of-text token between documents")
+    shuffle: bool = setting(True, "visit the rows in a new random order each epoch")
+    streaming: bool = setting(
+        False, "tokenize while training instead of once into a token file beforehand"
+    )
+    shuffle_window: int = setting(
+        4096, "rows shuffled together when streaming; memory grows with it"
+    )
+    cache_dir: str = setting("", "where token files are kept (default: Hugging Face's cache)")
+
+    # Optimization
+    epochs: float = setting(1.0, "passes over the training text")
+    max_steps: int = setting(0, "stop after this many steps, whatever epochs says; 0: no limit")
+    batch_size: int = setting(8, "rows on each device at a time")
+    grad_accum: int = setting(1, "batches whose gradients are added up for one step")
+    optimizer: Literal["adamw", "lion", "sgd"] = setting("adamw", "update rule, from optax")
+    learning_rate: float = setting(6e-4, "peak learning rate")
+    min_learning_rate: float = setting(0.0, "learning rate at the last step")
+    lr_schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "how the learning rate falls after the warmup"
+    )
+    warmup_steps: float = setting(
+        0.05, "steps of rising learning rate; below 1: that share of all steps"
+    )
+    weight_decay: float = setting(0.1, "decoupled decay, on matrices only")
+    beta1: float = setting(0.9, "decay of the optimizer's mean of gradients (sgd: momentum)")
+    beta2: float = setting(0.95, "decay of the optimizer's mean of squared gradients")
+    adam_epsilon: float = setting(1e-8, "added to AdamW's denominator")
+    grad_clip: float = setting(1.0, "largest global norm of the gradient; 0: no clipping")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "type of activations; parameters and optimizer stay float32"
+    )
+    seed: int = setting(42, "fixes initialisation, order of rows and dropout")
+    parallel: Literal["pmap", "jit"] = setting(
+        "pmap", "how the step runs on many devices; both replicate the model"
+    )
+
+    # Run
+    config: str = setting("", "YAML file of settings; flags are read after it")
+    output_dir: str = setting("./model_output", "where checkpoints, logs and the model go")
+    resume: Literal["auto", "never", "require"] = setting(
+        "auto", "continue the run in output_dir: if there is one, never, or else stop"
+    )
+    log_every: int = setting(10, "steps between rows of metrics.jsonl")
+    eval_every: int = setting(500, "steps between evaluations; 0: only at the end")
+    eval_rows: int = setting(0, "rows of an evaluation, from the start of the text; 0: all")
+    save_every: int = setting(200, "steps between checkpoints; 0: only at the end")
+    keep: int = setting(2, "newest checkpoints to keep, beside the best by validation loss")
+    report_to: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "also log to TensorBoard or Weights & Biases (to be installed by you)"
+    )
+    sample_prompt: str = setting("", "text that the sample at the end continues")
+    sample_tokens: int = setting(100, "length of the sample at the end; 0: none")
+    debug: bool = setting(False, "show the traceback of an error")
+
+
+GROUPS = {
+    "n_layers": "model",
+    "dataset": "text",
+    "epochs": "optimization",
+    "config": "run",
+}
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+TYPES = typing.get_type_hints(TrainConfig)
+# Never written to config.yaml: they say how the command is run, not what the run is.
+COMMAND_ONLY = ("config", "resume", "debug")
+# May differ between the sessions of one run: none of them changes what is learned,
+# except the two lengths, which move the end of the learning-rate schedule.
+FREE_ON_RESUME = {
+    *COMMAND_ONLY,
+    "output_dir", "cache_dir", "parallel", "log_every", "eval_every", "eval_rows",
+    "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
+    "max_steps", "batch_size", "grad_accum",
+}  # fmt: skip
+
+
+def load_config(argv: list[str]) -> TrainConfig:
+    """The settings of a command line. Raises `UserError` that lists every fault found."""
+    given = vars(build_parser().parse_args(argv))
+    faults, values = [], {}
+    if given.get("config"):
+        values, faults = read_yaml(given["config"])
+    flags, flag_faults = convert(given, spell=lambda name: f"--{name}")
+    config = dataclasses.replace(TrainConfig(), **values | flags)
+    faults += flag_faults
+    faults += find_faults(config, set(values | flags)) if not faults else []
+    if faults:
+        raise UserError("\nerror: ".join(faults))
+    return config
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaint is ours: short, with the nearest flag of this parser."""
+
+    def error(self, message):
+        prefix = "unrecognized arguments: "
+        if not message.startswith(prefix):
+            raise UserError(f"{message}\n  python {self.prog} --help lists the flags")
+        words = message.removeprefix(prefix).split()
+        unknown = next((word for word in words if word.startswith("--")), words[0])
+        known = [flag for action in self._actions for flag in action.option_strings]
+        raise UserError(f"unknown flag {unknown}{nearest(unknown.split('=')[0], known)}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
+        prog="scripts/train.py",
+        description="Train GPT-2 from text to a model that PyTorch opens.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 28, 96),
+    )
+    group = parser
+    for name, field in FIELDS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        kind = TYPES[name]
+        text = field.metadata["help"]
+        if field.default not in ("", ()):
+            shown = str(field.default).lower() if kind is bool else field.default
+            text += f" (default: {shown})"
+        options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if kind is bool:
+            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+        elif typing.get_origin(kind) is Literal:
+            options |= {"metavar": "|".join(typing.get_args(kind))}
+        elif typing.get_origin(kind) is tuple:
+            options |= {"action": "extend", "nargs": "+", "metavar": "FILE"}
+        else:
+            options |= {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+        group.add_argument(f"--{name}", **options)
+    return parser
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice instead of keeping the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice.pop()} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> tuple[dict, list[str]]:
+    """Settings in a YAML file, and the faults found in it."""
+    file = pathlib.Path(path)
+    try:
+        text = file.read_bytes()
+        if len(text) > MAX_YAML_BYTES:
+            return {}, [f"{path}: {len(text)} bytes is too long for a configuration"]
+        loaded = _Loader(text.decode("utf-8")).get_single_data()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        return {}, [f"cannot read --config {path}: {reason}\n  configs/ holds examples"]
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "nested too deeply"
+        return {}, [f"{path}{where}: not valid YAML: {reason}"]
+    if loaded is None:
+        return {}, []
+    if not isinstance(loaded, dict):
+        return {}, [f"{path}: expected lines of `name: value`, got {type(loaded).__name__}"]
+    return convert(loaded, spell=lambda name: f"{path}: {name}")
+
+
+def convert(raw: dict, spell) -> tuple[dict, list[str]]:
+    """Values of the settings' own types, and the faults. `spell` says where a name stood."""
+    values, faults = {}, []
+    for name, value in raw.items():
+        if name not in FIELDS:
+            faults.append(f"{spell(name)}: unknown setting{nearest(str(name), FIELDS)}")
+            continue
+        kind = TYPES[name]
+        try:
+            values[name] = convert_value(value, kind)
+        except ValueError:
+            faults.append(f"{spell(name)}: expected {describe(kind)}, got {value!r}")
+    return values, faults
+
+
+def convert_value(value, kind):
+    """`value` as `kind`. Raises ValueError where it is something else."""
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(convert_value(item, str) for item in items)
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError
+        return value
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() not in words:
+            raise ValueError
+        return words[str(value).lower()]
+    if kind is str:
+        if isinstance(value, bool | list | dict) or value is None:
+            raise ValueError
+        return str(value)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    try:
+        number = float(value)  # YAML 1.1 reads 3e-4 as a string
+    except OverflowError as error:
+        raise ValueError from error
+    if kind is float:
+        return number
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
+
+
+def describe(kind) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, "text or a list of texts")
+
+
+def nearest(name: str, known) -> str:
+    """The remedy for an unknown name: the known one most like it."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:
+        return "\n  python scripts/train.py --help lists what there is"
+    return f"\n  did you mean {close[0]}?"
+
+
+def find_faults(c: TrainConfig, given: set[str]) -> list[str]:
+    """What is wrong with settings that are each of the right type. `given`: those not default."""
+    faults = []
+
+    def require(holds, message):
+        if not holds:
+            faults.append(message)
+
+    for name in ("n_layers", "n_heads", "n_embd", "n_positions", "block_size", "batch_size",
+                 "grad_accum", "log_every", "keep", "shuffle_window"):  # fmt: skip
+        require(getattr(c, name) >= 1, f"{name} must be at least 1, got {getattr(c, name)}")
+    for name in ("max_steps", "eval_every", "eval_rows", "save_every", "sample_tokens", "seed",
+                 "weight_decay", "grad_clip", "warmup_steps", "min_learning_rate"):  # fmt: skip
+        value = getattr(c, name)
+        require(0 <= value < float("inf"), f"{name} must be 0 or more, got {value}")
+    for name in ("learning_rate", "epochs", "adam_epsilon"):
+        value = getattr(c, name)
+        require(0 < value < float("inf"), f"{name} must be above 0, got {value}")
+    for name in ("dropout", "beta1", "beta2", "validation_share"):
+        value = getattr(c, name)
+        require(0 <= value < 1, f"{name} must be at least 0 and below 1, got {value}")
+    require(c.seed < 2**32, f"seed must be below 2**32, got {c.seed}")
+    if faults:
+        return faults
+
+    if c.n_embd % c.n_heads:
+        below = c.n_embd - c.n_embd % c.n_heads
+        near = [width for width in (below, below + c.n_heads) if width]
+        faults.append(
+            f"n_embd {c.n_embd} is not divisible by n_heads {c.n_heads}\n"
+            f"  set n_embd to {' or '.join(map(str, near))}, or change n_heads"
+        )
+    require(
+        c.block_size <= c.n_positions,
+        f"block_size {c.block_size} is over n_positions {c.n_positions}\n"
+        "  lower block_size, or give the model as many positions",
+    )
+    require(
+        c.min_learning_rate <= c.learning_rate,
+        f"min_learning_rate {c.min_learning_rate} is over learning_rate {c.learning_rate}",
+    )
+    require(
+        c.sample_tokens < c.n_positions,
+        f"sample_tokens {c.sample_tokens} does not fit into n_positions {c.n_positions}",
+    )
+    if c.tokenizer.startswith("bpe:"):
+        size = c.tokenizer.removeprefix("bpe:")
+        require(
+            size.isascii() and size.isdigit() and int(size) >= 257,
+            f"tokenizer {c.tokenizer}: bpe:N needs N of at least 257"
+            " (256 bytes and end-of-text)\n  for example --tokenizer bpe:8192",
+        )
+    return faults + find_conflicts(c, given)
+
+
+def find_conflicts(c: TrainConfig, given: set[str]) -> list[str]:
+    """Settings that were given and could not take effect with the others."""
+    conflicts = [
+        ({"dataset", "dataset_config", "text_column"}, bool(c.train_file), "train_file"),
+        ({"dataset_config", "text_column"}, c.dataset == EMBEDDED_DATASET, f"dataset {c.dataset}"),
+        ({"validation_share"}, bool(c.validation_file), "validation_file"),
+        ({"shuffle_window"}, not c.streaming, "streaming false"),
+        ({"shuffle_window"}, not c.shuffle, "shuffle false"),
+        ({"n_layers", "n_heads", "n_embd", "n_positions"}, bool(c.init_from), "init_from"),
+        ({"min_learning_rate"}, c.lr_schedule == "constant", "lr_schedule constant"),
+        ({"adam_epsilon"}, c.optimizer != "adamw", f"optimizer {c.optimizer}"),
+        ({"beta2"}, c.optimizer == "sgd", "optimizer sgd"),
+        ({"eval_every", "eval_rows"}, held_out_nothing(c), "validation_share 0"),
+    ]
+    return [
+        f"{name} has no effect with {other}\n  leave one of the two out"
+        for names, clash, other in conflicts
+        if clash
+        for name in sorted(names & given)
+        if getattr(c, name) != FIELDS[name].default
+    ]
+
+
+def held_out_nothing(c: TrainConfig) -> bool:
+    return bool(c.train_file) and not c.validation_file and c.validation_share == 0
+
+
+def dump_yaml(config: TrainConfig) -> str:
+    """The settings of a run as YAML, to be read again by `--config`."""
+    values = dataclasses.asdict(config)
+    kept = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if name not in COMMAND_ONLY
+    }
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(config: TrainConfig, saved: dict) -> dict[str, tuple]:
+    """name -> (saved, wanted) of the settings that a resumed run may not change."""
+    wanted = yaml.safe_load(dump_yaml(config))
+    return {
+        name: (saved.get(name), value)
+        for name, value in wanted.items()
+        if name not in FREE_ON_RESUME and saved.get(name) != value
+    }

@@ -1,0 +1,49 @@
+"""The errors a user can cause, what each makes the process return, and how it is shown."""
+
+import sys
+import traceback
+
+
+class UserError(ValueError):
+    """Something the user can put right. Lines: what and where, then the remedy."""
+
+    exit_code = 2
+
+
+class CheckpointError(UserError):
+    """No checkpoint of the run can be used."""
+
+    exit_code = 3
+
+
+class StorageError(UserError):
+    """The file system refused a write."""
+
+    exit_code = 4
+
+
+class NumericsError(UserError):
+    """The loss or the gradient stopped being a finite number."""
+
+    exit_code = 5
+
+
+def run_main(main, argv: list[str]) -> int:
+    """Run `main(argv)` and turn what it raises into an exit code.
+
+    A `UserError` is printed without its traceback unless `--debug` is given; any other
+    exception is a bug of ours and keeps its traceback (exit code 1).
+    """
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        sys.stderr.close()
+        return 1

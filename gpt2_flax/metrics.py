@@ -1,0 +1,283 @@
+"""What a run shows of itself: the progress bar, metrics.jsonl, loss.png, TensorBoard, W&B."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from gpt2_flax.errors import NumericsError, StorageError, UserError
+
+LOG_FILE = "metrics.jsonl"
+PLOT_FILE = "loss.png"
+# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (TPU: per jax device).
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def flops_per_token(n_layers: int, n_embd: int, vocab_size: int, block_size: int) -> float:
+    """FLOPs of training on one token, forward and backward: 6 N + 12 L D T.
+
+    N: parameters without the position table; L layers, D width, T tokens of context. The
+    formula of nanoGPT and of PaLM's appendix B (https://arxiv.org/abs/2204.02311).
+    """
+    n_params = 12 * n_layers * n_embd**2 + vocab_size * n_embd
+    return 6 * n_params + 12 * n_layers * n_embd * block_size
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of a device, None where it isn't known (as for any CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+class RunLog:
+    """metrics.jsonl and the reporters. Every step stands in it at most once."""
+
+    def __init__(self, output_dir, report_to: str, run_settings: dict):
+        self.path = pathlib.Path(output_dir) / LOG_FILE
+        self.reporter = make_reporter(report_to, output_dir, run_settings)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows after a step, and a row that a kill left half written."""
+        rows = [row for row in read_log(self.path) if row["step"] <= step]
+        if self.path.exists():
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(temporary, self.path)
+
+    def write(self, row: dict) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
+        self.reporter(row)
+
+
+def read_log(path) -> list[dict]:
+    """The whole rows of a metrics.jsonl, in order; none where there is no file."""
+    rows = []
+    if pathlib.Path(path).exists():
+        for line in pathlib.Path(path).read_text("utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def make_reporter(name: str, output_dir, run_settings: dict):
+    """A function that takes each row of the log, for `--report_to`."""
+    if name == "none":
+        return lambda row: None
+    try:
+        if name == "tensorboard":
+            from tensorboardX import SummaryWriter
+
+            writer = SummaryWriter(str(output_dir))
+
+            def report(row):
+                for key, value in row.items():
+                    if key != "step" and value is not None:
+                        writer.add_scalar(key, value, row["step"])
+                writer.flush()
+
+            return report
+        import wandb
+    except ImportError as error:
+        package = {"tensorboard": "tensorboardX tensorboard", "wandb": "wandb"}[name]
+        raise UserError(
+            f"--report_to {name} needs a package that is not installed: {error.name}\n"
+            f"  pip install {package}"
+        ) from error
+    run = wandb.init(dir=str(output_dir), config=run_settings, resume="allow")
+    return lambda row: run.log(
+        {key: value for key, value in row.items() if key != "step"}, step=row["step"]
+    )
+
+
+class Meter:
+    """Turns what steps measure on the device into rows of the log.
+
+    A row is made one log point after its own: its numbers have arrived by then, and the
+    device never waits for the host.
+    """
+
+    def __init__(self, tokens: int, seconds: float, window: list, flops: float, peak):
+        """tokens, seconds, window: what `snapshot` gave before; else 0, 0 and [].
+
+        flops: of one token. peak: FLOP/s of all devices together, None where unknown.
+        """
+        self.tokens, self.seconds_before = tokens, seconds
+        self.window = [tuple(entry) for entry in window]
+        self.flops, self.peak = flops, peak
+        self.waiting = None
+        self.began = time.perf_counter()
+        self.since = None  # when the timed part of the window began
+        self.timed_from = 0  # its first step's place in the window
+
+    def add(self, step: int, values: dict) -> None:
+        """Take in a step's loss_sum, tokens and grad_norm, which may still be on the device."""
+        self.window.append((step, values["loss_sum"], values["tokens"], values["grad_norm"]))
+        if self.since is None:  # the session's first step: it was compiled in it
+            jax.block_until_ready(values)
+            self.since, self.timed_from = time.perf_counter(), len(self.window)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave what happens inside out of tokens per second."""
+        began = time.perf_counter()
+        yield
+        if self.since is not None:
+            self.since += time.perf_counter() - began
+
+    def close_window(self, step: int, epoch: float, learning_rate: float) -> dict | None:
+        """End the window at a log point. Returns the row of the one before, if it waits."""
+        row = self.flush()
+        now = time.perf_counter()
+        passed = now - self.since
+        about = step, epoch, learning_rate, now - self.began + self.seconds_before
+        self.waiting = self.window, about, passed, self.timed_from
+        self.window, self.since, self.timed_from = [], now, 0
+        return row
+
+    def flush(self) -> dict | None:
+        """The row that waits, if any."""
+        if self.waiting is None:
+            return None
+        window, (step, epoch, learning_rate, seconds), passed, timed_from = self.waiting
+        self.waiting = None
+        window = fetch(window)
+        sums = np.asarray(window, np.float64)
+        self.tokens += int(sums[:, 2].sum())
+        timed_tokens = sums[timed_from:, 2].sum()
+        speed = timed_tokens / passed if timed_tokens else None
+        return {
+            "step": step,
+            "epoch": epoch,
+            "tokens": self.tokens,
+            "train_loss": float(sums[:, 1].sum() / sums[:, 2].sum()),
+            "learning_rate": learning_rate,
+            "grad_norm": window[-1][3],
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops / self.peak if speed and self.peak else None,
+            "seconds": seconds,
+        }
+
+    def snapshot(self) -> dict:
+        """What a checkpoint needs of it. Call `flush` first."""
+        assert self.waiting is None
+        self.window = fetch(self.window)
+        seconds = time.perf_counter() - self.began + self.seconds_before
+        return {"tokens": self.tokens, "seconds": seconds, "window": self.window}
+
+    def tokens_now(self) -> int:
+        """Tokens trained on, those of the open window included. Call `flush` first."""
+        self.window = fetch(self.window)
+        return self.tokens + int(sum(entry[2] for entry in self.window))
+
+
+def fetch(window: list[tuple]) -> list[tuple]:
+    """A window's numbers on the host. Raises NumericsError where one is not finite."""
+    window = [(step, *map(float, values)) for step, *values in jax.device_get(window)]
+    for step, loss_sum, tokens, grad_norm in window:
+        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+            raise NumericsError(
+                f"step {step}: the loss is {loss_sum / tokens} and the gradient's norm"
+                f" {grad_norm}; nothing of it was saved\n"
+                "  lower --learning_rate or --grad_clip, lengthen --warmup_steps, or use --dtype"
+                " float32; the same command then goes on from the last checkpoint"
+            )
+    return window
+
+
+class Progress:
+    """A bar on a terminal, a line a log point elsewhere."""
+
+    def __init__(self, total_steps: int, first_step: int):
+        self.total, self.first = total_steps, first_step
+        self.began = time.perf_counter()
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            disable=not self.is_terminal,
+            bar_format="{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt}"
+            " [{elapsed}<{remaining}]{postfix}",
+        )
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def show(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+        speed = "" if tokens_per_second is None else f"  {tokens_per_second:,.0f} tok/s"
+        if self.is_terminal:
+            self.bar.set_postfix_str(f"loss {loss:.3f}{speed}")
+            return
+        passed = time.perf_counter() - self.began
+        left = passed / max(1, step - self.first) * (self.total - step)
+        self.say(f"step {step}/{self.total}  loss {loss:.4f}{speed}  {clock(left)} left")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.is_terminal:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def plot_losses(rows: list[dict], path) -> None:
+    """Draw training and validation loss over tokens, and the learning rate, as a PNG."""
+    from matplotlib.figure import Figure
+
+    train = [row for row in rows if "train_loss" in row]
+    held_out = [row for row in rows if "validation_loss" in row]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    tokens = [row["tokens"] for row in train]
+    losses.plot(tokens, [row["train_loss"] for row in train], color="#4c78a8", lw=1, label="train")
+    if held_out:
+        losses.plot(
+            [row["tokens"] for row in held_out],
+            [row["validation_loss"] for row in held_out],
+            "o-", color="#e45756", ms=4, lw=1.5, label="validation",
+        )  # fmt: skip
+        last = held_out[-1]
+        losses.annotate(
+            f"{last['validation_loss']:.3f}", (last["tokens"], last["validation_loss"]),
+            textcoords="offset points", xytext=(-4, 8), ha="right", color="#e45756",
+        )  # fmt: skip
+    losses.set_ylabel("loss, nats per token")
+    losses.grid(alpha=0.3)
+    losses.legend()
+    rates.plot(tokens, [row["learning_rate"] for row in train], color="#54a24b", lw=1)
+    rates.set_ylabel("learning rate")
+    rates.set_ylim(bottom=0)
+    rates.grid(alpha=0.3)
+    rates.set_xlabel("tokens")
+    path = pathlib.Path(path)
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, path)

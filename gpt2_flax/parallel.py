@@ -1,0 +1,130 @@
+"""Devices: how a step runs on many of them, and how arrays get there.
+
+The state is replicated and has no device axis: the same arrays go into pmap, into jit, into
+Orbax and into the exported file.
+"""
+
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "batch"
+
+
+def mesh() -> Mesh:
+    return Mesh(jax.local_devices(), (AXIS,))
+
+
+def replicated() -> NamedSharding:
+    return NamedSharding(mesh(), PartitionSpec())
+
+
+def replicate(make: Callable, *args):
+    """Run `make` under jit; its arrays end up whole on every device, sharing no memory.
+
+    (`device_put` may alias its source, which a donating step would then destroy.)
+    """
+    return jax.jit(make, out_shardings=replicated())(*args)
+
+
+def compile_train_step(step: Callable, engine: str) -> Callable:
+    """(state, batch with a leading device axis) -> (state, metrics); the state is donated.
+
+    `step` takes `axis_name`. engine "pmap": one program a device and a psum in it. With
+    out_axes=None a result that was not reduced would silently be the first device's.
+    engine "jit": one program for all; XLA puts the reductions in.
+    """
+    if engine == "pmap":
+        return jax.pmap(
+            functools.partial(step, axis_name=AXIS),
+            axis_name=AXIS,
+            in_axes=(None, 0),
+            out_axes=(None, None),
+            donate_argnums=(0,),
+        )
+
+    def step_on_whole_batch(state, batch):
+        # (devices, A, B, ...) -> (A, devices * B, ...): micro-batches stay one after another
+        whole = jax.tree.map(lambda x: merge_devices(x, 1), batch)
+        return step(state, whole, axis_name=None)
+
+    return jax.jit(step_on_whole_batch, donate_argnums=(0,), out_shardings=replicated())
+
+
+def compile_eval_step(step: Callable, engine: str) -> Callable:
+    """(params, batch with a leading device axis) -> sums over all devices."""
+    if engine == "pmap":
+        mapped = functools.partial(step, axis_name=AXIS)
+        return jax.pmap(mapped, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+
+    def step_on_whole_batch(params, batch):
+        return step(params, jax.tree.map(lambda x: merge_devices(x, 0), batch), axis_name=None)
+
+    return jax.jit(step_on_whole_batch, out_shardings=replicated())
+
+
+def merge_devices(x, axis: int):
+    """Move the leading device axis in front of `axis + 1` and merge the two."""
+    moved = jax.numpy.moveaxis(x, 0, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+
+def put_batch(batch, micro_batches: int | None):
+    """Split a process's rows over its devices: (rows, ...) -> (devices, [A,] B, ...), there.
+
+    One transfer; a device's rows, and a micro-batch's, are neighbours in the batch.
+    """
+    n_devices = jax.local_device_count()
+    lead = (n_devices,) if micro_batches is None else (n_devices, micro_batches)
+
+    def split(array: np.ndarray):
+        return array.reshape(*lead, -1, *array.shape[1:])
+
+    sharding = NamedSharding(mesh(), PartitionSpec(AXIS))
+    return jax.device_put(jax.tree.map(split, batch), sharding)
+
+
+def prefetch(items: Iterable, prepare: Callable, ahead: int = 2) -> Iterator:
+    """`prepare(item)` of each item, made by a worker thread up to `ahead` items early.
+
+    An exception in the worker is raised here, in its place in the order.
+    """
+    ready: queue.Queue = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def offer(item) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work():
+        try:
+            for item in items:
+                if not offer((prepare(item), None)):
+                    return
+            offer((None, StopIteration()))
+        except BaseException as error:
+            offer((None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

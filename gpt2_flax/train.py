@@ -1,0 +1,544 @@
+"""A training run from its settings to the final model: the order of events."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import itertools
+import logging
+import math
+import os
+import pathlib
+import shlex
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import transformers
+import yaml
+
+from gpt2_flax import checkpoint, evaluate, generation, metrics, optim, parallel, step
+from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml
+from gpt2_flax.data import batches, sources, tokenizers
+from gpt2_flax.errors import CheckpointError, StorageError, UserError
+from gpt2_flax.model import FlaxGPT2LMHeadModule
+from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
+
+SETTINGS_FILE = "config.yaml"
+# A directory that holds one of these and no settings of ours is somebody's own.
+FOREIGN_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+log = logging.getLogger("gpt2_flax")
+
+
+def train(config: TrainConfig) -> int:
+    """Run or continue a run to its end. Returns the process's exit code.
+
+    Raises UserError, or one of its kinds, for what the user can put right.
+    """
+    quiet_libraries()
+    output_dir = pathlib.Path(config.output_dir)
+
+    # ------------------------------------------------------------ check
+    with contextlib.ExitStack() as cleanup:
+        if output_dir.is_dir():
+            cleanup.enter_context(locked(output_dir))
+        continuing = check_output_dir(config, output_dir)
+        train_source, held_out_source = sources.open_sources(config)
+        tokenizer = open_tokenizer(config, output_dir, train_source, continuing)
+        train_rows, held_out = open_rows(config, tokenizer, train_source, held_out_source)
+        model_config, given_params = choose_model(config, tokenizer)
+
+        # -------------------------------------------------------- build
+        if not output_dir.is_dir():
+            make_directory(output_dir)
+            cleanup.enter_context(locked(output_dir))
+        if not continuing:
+            save_settings(config, tokenizer, output_dir)
+        checkpoints = checkpoint.Checkpoints(output_dir, config.keep)
+        cleanup.callback(checkpoints.close)
+        run = build_run(config, model_config, train_rows, checkpoints)
+
+        # -------------------------------------------------------- restore
+        state, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
+        run_log = metrics.RunLog(output_dir, config.report_to, dataclasses.asdict(config))
+        run_log.forget_after(int(state.step))
+        describe_run(run, config, train_rows, held_out, state)
+
+        # -------------------------------------------------------- loop
+        state, stopped_by = loop(
+            run, config, state, meta, train_rows, held_out, checkpoints, run_log
+        )
+        checkpoints.wait()
+        if stopped_by is not None:
+            say(f"saved step {int(state.step)}; the same command goes on from there")
+            return 128 + stopped_by
+
+        # -------------------------------------------------------- finish
+        finish(run, config, state, tokenizer, output_dir, run_log)
+    return 0
+
+
+# ---------------------------------------------------------------- check
+
+
+def check_output_dir(config: TrainConfig, output_dir: pathlib.Path) -> bool:
+    """Whether output_dir holds this run already. Raises where it holds something else."""
+    settings = output_dir / SETTINGS_FILE
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir {output_dir} is a file\n  name a directory")
+    if not settings.is_file():
+        if config.resume == "require":
+            raise CheckpointError(f"output_dir {output_dir} holds no run to resume")
+        foreign = [name for name in FOREIGN_FILES if (output_dir / name).exists()]
+        if foreign or (output_dir / checkpoint.FOLDER).exists():
+            raise UserError(
+                f"output_dir {output_dir} holds {', '.join(foreign) or 'checkpoints'} but no"
+                f" {SETTINGS_FILE}: it is not a run of this trainer\n"
+                "  choose another --output_dir; nothing was changed"
+            )
+        return False
+    if config.resume == "never":
+        raise UserError(
+            f"output_dir {output_dir} holds a run, and --resume never forbids to continue it\n"
+            "  choose another --output_dir"
+        )
+    try:
+        saved = yaml.safe_load(settings.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{settings} cannot be read: {error}") from error
+    differing = differing_keys(config, saved if isinstance(saved, dict) else {})
+    if differing:
+        listed = ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in differing.items())
+        raise UserError(
+            f"output_dir {output_dir} holds a run with other settings: {listed}\n"
+            "  choose another --output_dir, or repeat the run's settings to continue it"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def locked(output_dir: pathlib.Path):
+    """Hold the directory's lock, which the system releases even if this process is killed."""
+    try:
+        file = open(output_dir / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise StorageError(f"cannot write into {output_dir}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise UserError(
+                f"output_dir {output_dir} is in use by {owner}\n"
+                "  wait for it, stop it, or choose another --output_dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def make_directory(output_dir: pathlib.Path) -> None:
+    try:
+        output_dir.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"cannot make output_dir {output_dir}: {error.strerror}") from error
+
+
+def open_tokenizer(config, output_dir, train_source, continuing) -> tokenizers.Tokenizer:
+    """The run's own tokenizer where it has one already, else the one that was asked for."""
+    if continuing and (output_dir / tokenizers.TOKENIZER_FILE).is_file():
+        return tokenizers.load_tokenizer(str(output_dir))
+    if config.tokenizer.startswith("bpe:"):
+        say(f"learning {config.tokenizer.removeprefix('bpe:')} tokens from {train_source.name}")
+    texts = (piece.text for piece in train_source.pieces())
+    return tokenizers.make_tokenizer(config.tokenizer, texts)
+
+
+def open_rows(config, tokenizer, train_source, held_out_source):
+    """(training rows, ids of the held-out text or None)."""
+    folder = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else token_cache()
+    if config.streaming:
+        rows = batches.StreamedRows(
+            train_source, tokenizer, config.add_eos, config.block_size, config.seed,
+            config.shuffle, config.shuffle_window,
+        )  # fmt: skip
+        if not config.max_steps:
+            rows.measure()
+    else:
+        tokens = batches.token_file(train_source, tokenizer, config.add_eos, folder)
+        rows = batches.StoredRows(tokens, config.block_size, config.seed, config.shuffle)
+    if rows.count is not None:
+        batches.check_length(rows, train_source.name)
+    if held_out_source is None:
+        return rows, None
+    held_out = batches.token_file(held_out_source, tokenizer, config.add_eos, folder).ids
+    if len(held_out) < 2:
+        raise UserError(
+            f"the text held out for evaluation has {len(held_out)} tokens, too few for one loss\n"
+            "  give a --validation_file, a larger --validation_share, or --validation_share 0"
+        )
+    return rows, held_out
+
+
+def token_cache() -> pathlib.Path:
+    from huggingface_hub.constants import HF_HOME
+
+    return pathlib.Path(HF_HOME) / "gpt2_flax"
+
+
+def choose_model(config: TrainConfig, tokenizer):
+    """(GPT2Config, parameters to start from or None)."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    if not config.init_from:
+        model_config = transformers.GPT2Config(
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            n_embd=config.n_embd,
+            n_positions=config.n_positions,
+            vocab_size=tokenizer.vocab_size,
+            bos_token_id=tokenizer.eos_id,
+            eos_token_id=tokenizer.eos_id,
+            **dropouts,
+        )
+        return model_config, None
+    pretrained = FlaxGPT2LMHeadModel.from_pretrained(config.init_from)
+    model_config = pretrained.config
+    model_config.update(dropouts)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model in"
+            f" {config.init_from} has {model_config.vocab_size}\n"
+            f"  use the model's own tokenizer: --tokenizer {config.init_from}"
+        )
+    if config.block_size > model_config.n_positions:
+        raise UserError(
+            f"block_size {config.block_size} is over the {model_config.n_positions} positions of"
+            f" the model in {config.init_from}\n  lower --block_size"
+        )
+    return model_config, pretrained.params
+
+
+def save_settings(config: TrainConfig, tokenizer, output_dir: pathlib.Path) -> None:
+    """Write the tokenizer and, last, the settings: with them the directory is a run."""
+    try:
+        tokenizer.save(output_dir)
+        temporary = output_dir / f".{SETTINGS_FILE}.tmp"
+        temporary.write_text(dump_yaml(config), encoding="utf-8")
+        os.replace(temporary, output_dir / SETTINGS_FILE)
+    except OSError as error:
+        raise StorageError(f"cannot write into {output_dir}: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------- build
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop works with. Rows are counted over all devices and processes."""
+
+    model_config: transformers.GPT2Config
+    module: FlaxGPT2LMHeadModule
+    optimizer: object
+    schedule: object
+    train_step: object
+    eval_step: object
+    global_batch: int
+    micro_batches: int
+    eval_batch: int
+    total_steps: int
+    row_limit: float
+    slots: slice
+    flops: float  # of one token
+    peak: float | None  # FLOP/s of all devices
+
+
+def build_run(config, model_config, rows, checkpoints) -> Run:
+    module = FlaxGPT2LMHeadModule(model_config, jnp.dtype(config.dtype))
+    at_once = jax.device_count() * config.batch_size
+    global_batch = at_once * config.grad_accum
+    newest = checkpoints.newest_meta()
+    if newest is not None and newest["global_batch"] != global_batch:
+        global_batch = keep_global_batch(newest["global_batch"], config)
+
+    row_limit = math.inf if config.max_steps else round(config.epochs * rows.count)
+    total_steps = config.max_steps or math.ceil(row_limit / global_batch)
+    if not total_steps:
+        raise UserError(
+            f"{config.epochs} epochs of {rows.count} rows are no step\n  raise --epochs"
+        )
+    warmup = optim.count_warmup(config.warmup_steps, total_steps)
+    schedule = optim.make_schedule(
+        config.lr_schedule, config.learning_rate, config.min_learning_rate, warmup, total_steps
+    )
+    optimizer = optim.make_optimizer(
+        config.optimizer, schedule, config.weight_decay, config.beta1, config.beta2,
+        config.adam_epsilon, config.grad_clip,
+    )  # fmt: skip
+    train_step = functools.partial(
+        step.train_step, model=module, optimizer=optimizer, seed=config.seed
+    )
+    eval_step = functools.partial(step.eval_step, model=module)
+    share = global_batch // jax.process_count()
+    first = jax.process_index() * share
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    return Run(
+        model_config=model_config,
+        module=module,
+        optimizer=optimizer,
+        schedule=schedule,
+        train_step=parallel.compile_train_step(train_step, config.parallel),
+        eval_step=parallel.compile_eval_step(eval_step, config.parallel),
+        global_batch=global_batch,
+        micro_batches=global_batch // at_once,
+        eval_batch=at_once,
+        total_steps=total_steps,
+        row_limit=row_limit,
+        slots=slice(first, first + share),
+        flops=metrics.flops_per_token(
+            model_config.n_layer, model_config.n_embd, model_config.vocab_size, config.block_size
+        ),
+        peak=peak and peak * jax.device_count(),
+    )
+
+
+def keep_global_batch(saved: int, config: TrainConfig) -> int:
+    """The global batch of a run's checkpoints, if these devices can make it up."""
+    devices = jax.device_count()
+    if saved % (devices * config.batch_size):
+        fitting = [n for n in range(1, saved + 1) if saved % (devices * n) == 0]
+        ways = f"set --batch_size to one of {fitting}" if fitting else "use fewer devices"
+        raise UserError(
+            f"the run's steps have {saved} rows; {devices} devices x batch_size"
+            f" {config.batch_size} cannot make that up\n  {ways}"
+        )
+    return saved
+
+
+# ---------------------------------------------------------------- restore
+
+
+def restore(run, checkpoints, config, rows, tokenizer, given_params):
+    """(state, meta) to go on from: the newest checkpoint's, or those of a new run."""
+    if given_params is None:
+        make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
+        argument = jax.random.key(config.seed)
+    else:
+        make = functools.partial(step.state_from_params, optimizer=run.optimizer)
+        argument = given_params
+    shapes = jax.eval_shape(make, argument)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated()), shapes
+    )
+    restored = checkpoints.restore_latest(like._asdict())
+    data = {"text": rows.fingerprint, "tokenizer": tokenizer.fingerprint}
+    if restored is not None:
+        state, meta = restored
+        for what, fingerprint in data.items():
+            if meta["data"][what] != fingerprint:
+                raise UserError(
+                    f"the {what} is not the one that the run in {config.output_dir} began with\n"
+                    "  bring it back, or choose another --output_dir"
+                )
+        return step.TrainState(**state), meta
+    if config.resume == "require":
+        raise CheckpointError(f"output_dir {config.output_dir} holds no checkpoint to resume from")
+    meta = {
+        "global_batch": run.global_batch,
+        "data": data,
+        "model": run.model_config.to_dict(),
+        "cursor": rows.start,
+        "tokens": 0,
+        "seconds": 0.0,
+        "window": [],
+        "evaluated": 0,
+    }
+    return parallel.replicate(make, argument), meta
+
+
+# ---------------------------------------------------------------- loop
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM while training; a second SIGINT ends the process at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(130)
+        self.signal = number
+        os.write(2, b"\nstopping: the step is finished and saved first\n")
+
+
+class InterruptedEvaluationError(Exception):
+    """An evaluation was cut short by a stop request."""
+
+
+def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
+    """Train to the last step. Returns (state, the signal that stopped it early or None)."""
+    n = first = int(state.step)
+    cursor, evaluated = meta["cursor"], meta["evaluated"]
+    meter = metrics.Meter(meta["tokens"], meta["seconds"], meta["window"], run.flops, run.peak)
+    progress = metrics.Progress(run.total_steps, n)
+
+    def report(row):
+        if row is not None:
+            run_log.write(row)
+            progress.show(row["step"], row["train_loss"], row["tokens_per_second"])
+
+    def evaluate_now():
+        """Evaluate, and log it in the same row as the step's training loss, if that waits."""
+        row = meter.flush()
+        if row is not None and row["step"] != n:
+            report(row)
+            row = None
+        loss = held_out_loss(run, config, state.params, held_out, stop)
+        perplexity = evaluate.perplexity(loss)
+        row = row or {"step": n, "tokens": meter.tokens_now()}
+        run_log.write(row | {"validation_loss": loss, "perplexity": perplexity})
+        metrics.plot_losses(metrics.read_log(run_log.path), run_log.path.with_name("loss.png"))
+        progress.say(f"step {n}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        return loss
+
+    def save_now(validation_loss):
+        report(meter.flush())
+        about = meter.snapshot() | {"cursor": cursor, "evaluated": evaluated}
+        checkpoints.save(n, state._asdict(), meta | about, validation_loss)
+
+    def is_due(every):
+        return n == run.total_steps or (every and n % every == 0)
+
+    steps = rows.batches(cursor, run.global_batch, run.row_limit, run.slots)
+    steps = itertools.islice(steps, run.total_steps - first)
+    ready = parallel.prefetch(
+        steps, lambda item: (parallel.put_batch(item[0], run.micro_batches), item[1])
+    )
+    with StopRequest() as stop, contextlib.closing(progress), contextlib.closing(ready):
+        # A stop request may have cut off the evaluation that belongs to this step.
+        evaluate_first = n and held_out is not None and is_due(config.eval_every)
+        if evaluate_first and evaluated != n:
+            evaluate_now()
+        for batch, cursor in ready:
+            state, values = run.train_step(state, batch)
+            n += 1
+            meter.add(n, values)
+            progress.advance()
+            validation_loss = None
+            if is_due(config.log_every):
+                epoch = cursor["rows"] / rows.count if rows.count else cursor["epoch"]
+                report(meter.close_window(n, round(epoch, 6), float(run.schedule(n - 1))))
+            with meter.paused():
+                if held_out is not None and is_due(config.eval_every) and not stop.signal:
+                    try:
+                        validation_loss, evaluated = evaluate_now(), n
+                    except InterruptedEvaluationError:
+                        evaluated = n - 1
+                if is_due(config.save_every) or stop.signal:
+                    save_now(validation_loss)
+            if stop.signal:
+                break
+        report(meter.flush())
+    stopped_early = n < run.total_steps or (held_out is not None and evaluated < n)
+    return state, stop.signal if stopped_early else None
+
+
+def held_out_loss(run, config, params, held_out, stop) -> float:
+    """Mean loss on the held-out text. Raises InterruptedEvaluationError on a stop request."""
+    share = run.eval_batch // jax.process_count()
+    first = jax.process_index() * share
+    chunks = batches.evaluation_batches(
+        held_out, config.block_size, run.eval_batch, config.eval_rows, slice(first, first + share)
+    )
+
+    def unless_stopped(ready):
+        for batch in ready:
+            if stop.signal:
+                raise InterruptedEvaluationError
+            yield batch
+
+    ready = parallel.prefetch(chunks, lambda batch: parallel.put_batch(batch, None))
+    with contextlib.closing(ready):
+        loss, _ = evaluate.mean_loss(run.eval_step, params, unless_stopped(ready))
+    return loss
+
+
+# ---------------------------------------------------------------- finish
+
+
+def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
+    """Export the model, draw the curves, show a sample, and say what to do next."""
+    params = jax.device_get(state.params)
+    try:
+        FlaxGPT2LMHeadModel(run.model_config, params=params).save_pretrained(output_dir)
+        rows = metrics.read_log(run_log.path)
+        metrics.plot_losses(rows, output_dir / metrics.PLOT_FILE)
+    except OSError as error:
+        raise StorageError(f"cannot write the model into {output_dir}: {error}") from error
+    if config.sample_tokens:
+        text = generation.continue_text(
+            run.module, params, tokenizer, config.sample_prompt, config.sample_tokens,
+            temperature=0.8, top_k=40, top_p=1.0, seed=config.seed,
+        )  # fmt: skip
+        print(f"\n--- a sample ---\n{text}\n----------------\n")
+    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    held_out = f"; validation loss {losses[-1]:.4f}" if losses else ""
+    prompt = shlex.quote(config.sample_prompt or "Once")
+    print(
+        f"done: {int(state.step):,} steps, {rows[-1]['tokens']:,} tokens{held_out}\n"
+        f"model:    {output_dir}  (PyTorch: GPT2LMHeadModel.from_pretrained('{output_dir}'))\n"
+        f"curves:   {output_dir / metrics.PLOT_FILE}\n"
+        f"generate: python scripts/generate.py --model {shlex.quote(str(output_dir))}"
+        f" --prompt {prompt} --max_new_tokens 100"
+    )
+
+
+# ---------------------------------------------------------------- words
+
+
+def describe_run(run, config, rows, held_out, state) -> None:
+    devices = jax.devices()
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    c = run.model_config
+    say(f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}, {config.dtype}")
+    say(
+        f"model: {c.n_layer} layers x {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size}:"
+        f" {n_params / 1e6:.1f}M parameters"
+    )
+    if rows.count is not None:
+        evaluated = f"; {len(held_out):,} tokens held out" if held_out is not None else ""
+        say(
+            f"text: {rows.count:,} rows of {config.block_size} tokens an epoch,"
+            f" {rows.remainder} tokens left over{evaluated}"
+        )
+    per_step = run.global_batch * config.block_size
+    say(
+        f"step: {run.global_batch} rows, {per_step:,} tokens ({jax.device_count()} devices x"
+        f" {config.batch_size} rows x {run.micro_batches}); {run.total_steps:,} steps"
+    )
+    if int(state.step):
+        say(f"continuing after step {int(state.step):,}")
+    elif run.total_steps:
+        say("compiling the first step")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Our own words only: the libraries' notes to developers are not for who trains."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
