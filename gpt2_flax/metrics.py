@@ -1,5 +1,6 @@
 """What a run shows of itself: the progress bar, metrics.jsonl, loss.png, TensorBoard, W&B."""
 
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -17,13 +18,17 @@ from gpt2_flax.errors import NumericsError, StorageError, UserError
 LOG_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (TPU: per jax device).
+# The first name that is part of the device's kind counts.
 PEAK_FLOPS = {
     "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.4e12,
     "H200": 989.4e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5p": 459e12,
+    "TPU v5": 459e12,  # what JAX calls a v5p
     "TPU v6 lite": 918e12,
 }
 
@@ -52,19 +57,38 @@ class RunLog:
 
     def forget_after(self, step: int) -> None:
         """Drop the rows after a step, and a row that a kill left half written."""
-        rows = [row for row in read_log(self.path) if row["step"] <= step]
         if self.path.exists():
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self.replace([row for row in read_log(self.path) if row["step"] <= step])
+
+    def take(self, step: int) -> dict | None:
+        """Remove and return the last row if it is that of a step."""
+        rows = read_log(self.path)
+        if not rows or rows[-1]["step"] != step:
+            return None
+        self.replace(rows[:-1])
+        return rows[-1]
+
+    def replace(self, rows: list[dict]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with storage_errors(self.path):
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
             os.replace(temporary, self.path)
 
     def write(self, row: dict) -> None:
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
+        with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         self.reporter(row)
+
+
+@contextlib.contextmanager
+def storage_errors(path):
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}\n"
+            "  make room, or make it writable, and run the same command again"
+        ) from error
 
 
 def read_log(path) -> list[dict]:
@@ -73,9 +97,11 @@ def read_log(path) -> list[dict]:
     if pathlib.Path(path).exists():
         for line in pathlib.Path(path).read_text("utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
     return rows
 
 
@@ -126,8 +152,12 @@ class Meter:
         self.flops, self.peak = flops, peak
         self.waiting = None
         self.began = time.perf_counter()
-        self.since = None  # when the timed part of the window began
-        self.timed_from = 0  # its first step's place in the window
+        self.since = None  # when the device began the window's timed part
+        self.timed_from = 0  # the place in the window of that part's first step
+        self.drained = None  # when, in a pause, the device had done all its steps
+        # Notes when a window's last step is done, which the host learns too late: it only
+        # hands out the steps, and is many ahead of the device.
+        self.watcher = concurrent.futures.ThreadPoolExecutor(1)
 
     def add(self, step: int, values: dict) -> None:
         """Take in a step's loss_sum, tokens and grad_norm, which may still be on the device."""
@@ -138,29 +168,37 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self):
-        """Leave what happens inside out of tokens per second."""
-        began = time.perf_counter()
+        """Leave what happens inside, from a `flush` on, out of tokens per second."""
+        self.drained = None
         yield
-        if self.since is not None:
-            self.since += time.perf_counter() - began
+        if self.drained is not None and self.since is not None:
+            self.since += time.perf_counter() - self.drained
 
     def close_window(self, step: int, epoch: float, learning_rate: float) -> dict | None:
         """End the window at a log point. Returns the row of the one before, if it waits."""
-        row = self.flush()
-        now = time.perf_counter()
-        passed = now - self.since
-        about = step, epoch, learning_rate, now - self.began + self.seconds_before
-        self.waiting = self.window, about, passed, self.timed_from
-        self.window, self.since, self.timed_from = [], now, 0
+        row = self.take_row()
+        seconds = time.perf_counter() - self.began + self.seconds_before
+        about = step, epoch, learning_rate, seconds
+        ended = self.watcher.submit(time_of_arrival, self.window[-1])
+        self.waiting = self.window, about, ended, self.timed_from
+        self.window, self.timed_from = [], 0
         return row
 
     def flush(self) -> dict | None:
-        """The row that waits, if any."""
+        """The row that waits, if any. Waits until the device has done all its steps."""
+        row = self.take_row()
+        if self.window:
+            jax.block_until_ready(self.window[-1])
+        self.drained = time.perf_counter()
+        return row
+
+    def take_row(self) -> dict | None:
         if self.waiting is None:
             return None
-        window, (step, epoch, learning_rate, seconds), passed, timed_from = self.waiting
+        window, (step, epoch, learning_rate, seconds), ended, timed_from = self.waiting
         self.waiting = None
         window = fetch(window)
+        passed, self.since = ended.result() - self.since, ended.result()
         sums = np.asarray(window, np.float64)
         self.tokens += int(sums[:, 2].sum())
         timed_tokens = sums[timed_from:, 2].sum()
@@ -188,6 +226,11 @@ class Meter:
         """Tokens trained on, those of the open window included. Call `flush` first."""
         self.window = fetch(self.window)
         return self.tokens + int(sum(entry[2] for entry in self.window))
+
+
+def time_of_arrival(values) -> float:
+    jax.block_until_ready(values)
+    return time.perf_counter()
 
 
 def fetch(window: list[tuple]) -> list[tuple]:
@@ -251,11 +294,13 @@ def clock(seconds: float) -> str:
 def plot_losses(rows: list[dict], path) -> None:
     """Draw training and validation loss over tokens, and the learning rate, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     train = [row for row in rows if "train_loss" in row]
     held_out = [row for row in rows if "validation_loss" in row]
     figure = Figure(figsize=(8, 5), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    losses.xaxis.set_major_formatter(EngFormatter(sep=""))
     tokens = [row["tokens"] for row in train]
     losses.plot(tokens, [row["train_loss"] for row in train], color="#4c78a8", lw=1, label="train")
     if held_out:
@@ -279,5 +324,6 @@ def plot_losses(rows: list[dict], path) -> None:
     rates.set_xlabel("tokens")
     path = pathlib.Path(path)
     temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    with storage_errors(path):
+        figure.savefig(temporary, dpi=110, format="png")
+        os.replace(temporary, path)

@@ -73,14 +73,14 @@ def check_config(config) -> None:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def layer_norm(x_BxTxD: Array, scale_D: Array, bias_D: Array, epsilon: float) -> Array:
+def layer_norm(x_BxTxD: Array, scale_1x1xD: Array, bias_1x1xD: Array, epsilon: float) -> Array:
     """LayerNorm over the last axis, computed in float32, returned in x's type.
 
     Its derivative is given in closed form: XLA's CPU backend spends a third of a training
     step on what autodiff makes of the mean and the variance (docs/lab_notes.md).
     """
     normed, _ = _normalize(x_BxTxD, epsilon)
-    return (normed * scale_D + bias_D).astype(x_BxTxD.dtype)
+    return (normed * scale_1x1xD + bias_1x1xD).astype(x_BxTxD.dtype)
 
 
 def _normalize(x, epsilon):
@@ -111,8 +111,10 @@ class LayerNorm(nn.Module):
         width = x_BxTxD.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (width,))
         bias_D = self.param("bias", nn.initializers.zeros, (width,))
-        scale_D, bias_D = scale_D.astype(jnp.float32), bias_D.astype(jnp.float32)
-        return layer_norm(x_BxTxD, scale_D, bias_D, self.epsilon).astype(self.dtype)
+        scale_1x1xD, bias_1x1xD = (
+            leaf.astype(jnp.float32).reshape(1, 1, -1) for leaf in (scale_D, bias_D)
+        )
+        return layer_norm(x_BxTxD, scale_1x1xD, bias_1x1xD, self.epsilon).astype(self.dtype)
 
 
 class Conv1D(nn.Module):

@@ -2,6 +2,7 @@
 
 import jax
 import optax
+import optax.contrib
 
 
 def make_schedule(
@@ -48,7 +49,38 @@ def make_optimizer(
         "adamw": lambda: optax.scale_by_adam(beta1, beta2, epsilon),
         "lion": lambda: optax.scale_by_lion(beta1, beta2),
         "sgd": lambda: optax.trace(decay=beta1),
+        "muon": lambda: scale_by_muon(beta1, beta2, epsilon),
     }[name]()
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
     return optax.chain(clip, rule, decay, optax.scale_by_learning_rate(schedule))
+
+
+def scale_by_muon(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
+    """Muon for the matrices inside the blocks, Adam for embeddings, head, scales and biases.
+
+    Muon's updates are given Adam's usual size, so that one learning rate serves both
+    (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+    """
+    muon = optax.contrib.muon(
+        learning_rate=1.0,
+        adam_learning_rate=1.0,
+        beta=beta1,
+        adam_b1=beta1,
+        adam_b2=beta2,
+        eps=epsilon,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=muon_dimensions,
+    )
+    return optax.chain(muon, optax.scale(-1.0))  # it descends by itself; the chain does that
+
+
+def muon_dimensions(params):
+    """Which axes of a kernel are (in, out), None for what Muon leaves to Adam."""
+
+    def dimensions(path, leaf):
+        names = [key.key for key in path]
+        inside_a_block = names[-1] == "kernel" and names[0] != "lm_head"
+        return optax.contrib.MuonDimensionNumbers((1,), (0,)) if inside_a_block else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -75,7 +75,7 @@ def train_step(state: TrainState, batch, *, model, optimizer, seed: int, axis_na
     grads = jax.tree.map(lambda grad: grad / tokens, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss_sum": loss, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss_sum": loss, "tokens": tokens, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

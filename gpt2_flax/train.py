@@ -399,17 +399,21 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
             progress.show(row["step"], row["train_loss"], row["tokens_per_second"])
 
     def evaluate_now():
-        """Evaluate, and log it in the same row as the step's training loss, if that waits."""
+        """Evaluate, and log it in the same row as the step's training loss, if it has one."""
+        nonlocal evaluated
         row = meter.flush()
-        if row is not None and row["step"] != n:
+        if row is not None:
             report(row)
-            row = None
-        loss = held_out_loss(run, config, state.params, held_out, stop)
+        # A trial of a few steps is not to be followed by an evaluation longer than itself.
+        n_rows = config.eval_rows or (n - evaluated) * run.global_batch
+        loss, n_tokens = held_out_loss(run, config, state.params, held_out, n_rows, stop)
         perplexity = evaluate.perplexity(loss)
-        row = row or {"step": n, "tokens": meter.tokens_now()}
+        row = run_log.take(n) or {"step": n, "tokens": meter.tokens_now()}
         run_log.write(row | {"validation_loss": loss, "perplexity": perplexity})
+        evaluated = n
         metrics.plot_losses(metrics.read_log(run_log.path), run_log.path.with_name("loss.png"))
-        progress.say(f"step {n}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        part = "" if n_tokens == len(held_out) - 1 else f" (on the first {n_tokens:,} tokens)"
+        progress.say(f"step {n}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{part}")
         return loss
 
     def save_now(validation_loss):
@@ -429,7 +433,8 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
         # A stop request may have cut off the evaluation that belongs to this step.
         evaluate_first = n and held_out is not None and is_due(config.eval_every)
         if evaluate_first and evaluated != n:
-            evaluate_now()
+            with contextlib.suppress(InterruptedEvaluationError):
+                evaluate_now()
         for batch, cursor in ready:
             state, values = run.train_step(state, batch)
             n += 1
@@ -441,10 +446,8 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
                 report(meter.close_window(n, round(epoch, 6), float(run.schedule(n - 1))))
             with meter.paused():
                 if held_out is not None and is_due(config.eval_every) and not stop.signal:
-                    try:
-                        validation_loss, evaluated = evaluate_now(), n
-                    except InterruptedEvaluationError:
-                        evaluated = n - 1
+                    with contextlib.suppress(InterruptedEvaluationError):
+                        validation_loss = evaluate_now()
                 if is_due(config.save_every) or stop.signal:
                     save_now(validation_loss)
             if stop.signal:
@@ -454,12 +457,12 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
     return state, stop.signal if stopped_early else None
 
 
-def held_out_loss(run, config, params, held_out, stop) -> float:
-    """Mean loss on the held-out text. Raises InterruptedEvaluationError on a stop request."""
+def held_out_loss(run, config, params, held_out, n_rows, stop) -> tuple[float, int]:
+    """(mean loss on the first rows of the held-out text, targets counted). Raises InterruptedEvaluationError on a stop request."""
     share = run.eval_batch // jax.process_count()
     first = jax.process_index() * share
     chunks = batches.evaluation_batches(
-        held_out, config.block_size, run.eval_batch, config.eval_rows, slice(first, first + share)
+        held_out, config.block_size, run.eval_batch, n_rows, slice(first, first + share)
     )
 
     def unless_stopped(ready):
@@ -470,8 +473,7 @@ def held_out_loss(run, config, params, held_out, stop) -> float:
 
     ready = parallel.prefetch(chunks, lambda batch: parallel.put_batch(batch, None))
     with contextlib.closing(ready):
-        loss, _ = evaluate.mean_loss(run.eval_step, params, unless_stopped(ready))
-    return loss
+        return evaluate.mean_loss(run.eval_step, params, unless_stopped(ready))
 
 
 # ---------------------------------------------------------------- finish

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -85,7 +86,8 @@ def read_description(path: pathlib.Path) -> dict | None:
 
 def write_tokens(path, source, tokenizer, add_eos, dtype) -> dict:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    # Not the process's number: hosts that share the folder may have the same.
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     count, hasher = 0, hashlib.blake2b(digest_size=16)
     bar = tqdm(
         total=source.size, desc="tokenizing", disable=None, leave=False, unit_scale=True, unit=""
@@ -128,7 +130,7 @@ class StoredRows:
         self.ids, self.fingerprint = tokens
         self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
         self.count = max(0, (len(self.ids) - 1) // block_size)
-        self.remainder = max(0, len(self.ids) - 1 - self.count * block_size)
+        self.remainder = len(self.ids) - 1 - self.count * block_size
         self.start = {"rows": 0}
 
     def rows_at(self, position: np.ndarray) -> np.ndarray:
@@ -182,8 +184,11 @@ class StreamedRows:
             for ids, start in encode(self.source, self.tokenizer, self.add_eos):
                 n_ids += len(ids)
                 bar.update(start - bar.n)
+        self.set_count(n_ids)
+
+    def set_count(self, n_ids: int) -> None:
         self.count = max(0, (n_ids - 1) // self.block_size)
-        self.remainder = max(0, n_ids - 1 - self.count * self.block_size)
+        self.remainder = n_ids - 1 - self.count * self.block_size
 
     def windows(self, cursor: dict) -> Iterator[tuple[np.ndarray, dict]]:
         """(rows of a window in their shuffled order, the cursor at its beginning), for ever."""
@@ -210,6 +215,9 @@ class StreamedRows:
                 flat = np.concatenate(held)
                 flat = flat[: (n_held - 1) // T * T + 1]
                 yield self.shuffled(flat, epoch, number), here(marks, begin, epoch, number)
+            elif number == 0:  # it was the first window: the whole text is less than a row
+                self.set_count(n_read)
+                check_length(self, self.source.name)
             epoch, number, at, skip = epoch + 1, 0, 0, 0
 
     def shuffled(self, ids: np.ndarray, epoch: int, number: int) -> np.ndarray:

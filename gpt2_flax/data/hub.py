@@ -1,16 +1,17 @@
 """The Hugging Face hub: whether it can be reached, and what to say when it can't."""
 
+import http.client
 import os
-import socket
+import ssl
 import threading
-import urllib.parse
+import urllib.error
 import urllib.request
 
 from gpt2_flax.config import EMBEDDED_DATASET
 from gpt2_flax.errors import UserError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
-PATIENCE_SECONDS = 6
+PATIENCE_SECONDS = 5
 
 
 def needs_hub(config) -> bool:
@@ -39,26 +40,37 @@ def endpoint() -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether a connection to the host of `url`, or to the proxy for it, can be opened."""
-    parts = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
-        parts = urllib.parse.urlsplit(proxy)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    connected = threading.Event()
+    """Whether an HTTP request to `url` is answered, be it by an error, in the time it has.
 
-    def connect():
+    That a connection opens is not enough: a proxy or a firewall can accept and stay silent.
+    """
+    proxies = urllib.request.getproxies()
+    if "all" in proxies and url.split(":")[0] not in proxies:
+        return True  # the hub's clients go through ALL_PROXY; urllib cannot
+    answered = threading.Event()
+
+    def ask():
         try:
-            socket.create_connection((parts.hostname, port), PATIENCE_SECONDS).close()
-        except OSError:
+            opener = urllib.request.build_opener()  # urlopen would keep the first proxies
+            request = urllib.request.Request(url, method="HEAD")
+            opener.open(request, timeout=PATIENCE_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in (502, 503, 504):  # a gateway's word for nobody behind it
+                return
+        except urllib.error.URLError as error:
+            # The hub's clients bring certificates that this Python may lack.
+            if not isinstance(error.reason, ssl.SSLCertVerificationError):
+                return
+        except (OSError, ValueError, http.client.HTTPException):  # ValueError: not an address
             return
-        connected.set()
+        answered.set()
 
     # A thread, because looking up a name has no time limit of its own.
-    thread = threading.Thread(target=connect, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE_SECONDS)
-    return connected.is_set()
+    return answered.is_set()
 
 
 def hub_error(what: str, error: Exception) -> UserError:

@@ -23,7 +23,7 @@ from gpt2_flax.config import DATASET_ALIASES, EMBEDDED_DATASET, TrainConfig
 from gpt2_flax.data.hub import hub_error
 from gpt2_flax.errors import UserError
 
-PIECE_CHARS = 32 * 1024
+PIECE_CHARS = 64 * 1024
 # A text without white space is cut all the same, at the cost of one token pair a cut.
 LONGEST_PIECE_CHARS = 1024 * 1024
 CUT = re.compile(r"(?<=\S)[ \t\r\n]")
@@ -62,10 +62,13 @@ class TextFiles:
         for path, stat in zip(self.paths, self.stats, strict=True):
             last = min(offset + stat.st_size, self.end)
             if position < last:
-                for text, n_bytes in read_text(path, position - offset, last - offset):
-                    ends = position + n_bytes >= last
-                    yield Piece(text, position - self.begin, ends)
-                    position += n_bytes
+                try:
+                    for text, n_bytes in read_text(path, position - offset, last - offset):
+                        ends = position + n_bytes >= last
+                        yield Piece(text, position - self.begin, ends)
+                        position += n_bytes
+                except OSError as error:
+                    raise UserError(f"cannot read {path}: {error.strerror}") from error
             offset += stat.st_size
 
     def split(self, share: float) -> tuple["TextFiles", "TextFiles"]:
@@ -82,49 +85,72 @@ class TextFiles:
 
 def read_text(path: pathlib.Path, start: int, end: int) -> Iterator[tuple[str, int]]:
     """Pieces of the bytes [start, end) of a file: text and the bytes it took."""
+    text, bom = "", 0
+    if start == 0:
+        with open(path, "rb") as file:
+            bom = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+    for decoded in decode(path, start + bom, end):
+        text += decoded
+        while cut := first_cut(text, 0, ends=not decoded):
+            yield text[:cut], bom + len(text[:cut].encode())
+            text, bom = text[cut:], 0
+    if bom:
+        yield "", bom
+
+
+def decode(path: pathlib.Path, start: int, end: int) -> Iterator[str]:
+    """The text of the bytes [start, end) of a file, block by block; an empty one is the last."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
         file.seek(start)
-        text, taken, at = "", 0, start
-        while True:
-            block = file.read(min(2 * PIECE_CHARS, end - at))
+        at, block = start, b"-"
+        while block:
+            block = file.read(min(PIECE_CHARS, end - at))
             try:
                 decoded = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise not_utf8(path, at - len(decoder.getstate()[0]) + error.start) from error
             at += len(block)
-            if start == 0 and decoded and not taken and not text and decoded[0] == "\ufeff":
-                decoded, taken = decoded[1:], 3
-            text += decoded
-            whole = not block or at >= end
-            if whole and not decoder.getstate()[0]:
-                if text or taken:
-                    yield text, taken + len(text.encode())
-                return
-            if not block:
-                return
-            cut = last_cut(text)
-            if cut:
-                yield text[:cut], taken + len(text[:cut].encode())
-                text, taken = text[cut:], 0
+            if decoded or not block:
+                yield decoded
+
+
+def first_cut(text: str, at: int, ends: bool) -> int:
+    """Where the piece that begins at `at` ends; 0 where only more text can tell.
+
+    A function of nothing but the text from `at` on, so that reading from the start of any
+    piece gives the same pieces again. ends: whether `text` is all there is.
+    """
+    left = len(text) - at
+    if left <= PIECE_CHARS:
+        return len(text) if ends else 0
+    if cut := last_cut(text[at : at + PIECE_CHARS]):
+        return at + cut
+    if left <= LONGEST_PIECE_CHARS and not ends:
+        return 0
+    longest = min(len(text), at + LONGEST_PIECE_CHARS)
+    later = CUT.search(text, at + PIECE_CHARS, longest)
+    return later.start() if later else longest
 
 
 def last_cut(text: str) -> int:
-    """Where to cut a text that goes on: 0 for not yet."""
+    """The last place to cut a text; 0 where there is none."""
     for size in (256, len(text)):
         tail = text[-size:]
         cut = max((match.start() for match in CUT.finditer(tail)), default=0)
         if cut:
             return len(text) - len(tail) + cut
-    return len(text) if len(text) >= LONGEST_PIECE_CHARS else 0
+    return 0
 
 
 def not_utf8(path: pathlib.Path, offset: int) -> UserError:
+    line, left = 1, offset
     with open(path, "rb") as file:
-        before = file.read(offset + 1)
-    line = before.count(b"\n") + 1
+        while before := file.read(min(left, LONGEST_PIECE_CHARS)):
+            line, left = line + before.count(b"\n"), left - len(before)
+        byte = file.read(1)[0]
     return UserError(
-        f"{path} is not UTF-8: byte 0x{before[-1]:02x} at offset {offset} (line {line})\n"
+        f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset} (line {line})\n"
         f"  convert it: iconv -f latin1 -t utf-8 {path} > converted.txt"
     )
 
@@ -223,14 +249,11 @@ def python_sources() -> tuple[PythonSources, PythonSources]:
 
 def cut_up(text: str, start: int, ends_document: bool) -> Iterator[Piece]:
     """One text as pieces that share a start."""
-    while len(text) > 2 * PIECE_CHARS:
-        block = text[: 2 * PIECE_CHARS]
-        cut = last_cut(block) or last_cut(text[:LONGEST_PIECE_CHARS]) or len(text)
-        if cut >= len(text):
-            break
-        yield Piece(text[:cut], start, False)
-        text = text[cut:]
-    yield Piece(text, start, ends_document)
+    at = 0
+    while at < len(text):
+        cut = first_cut(text, at, ends=True)
+        yield Piece(text[at:cut], start, ends_document and cut == len(text))
+        at = cut
 
 
 def digest(*parts) -> str:
@@ -259,12 +282,12 @@ def find_files(patterns: tuple[str, ...], setting: str) -> list[pathlib.Path]:
     """The files that paths and globs name, in order, each once."""
     found = {}
     for pattern in patterns:
-        path = pathlib.Path(pattern).expanduser()
-        matches = [path] if path.exists() else map(pathlib.Path, sorted(glob.glob(str(path))))
-        matches = list(matches)
+        # os.path's own two take any text; pathlib's raise for ~nobody and for names too long.
+        path = os.path.expanduser(pattern)
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not matches:
             raise UserError(f"{setting} {pattern} does not exist (looked in {os.getcwd()})")
-        found |= dict.fromkeys(matches)
+        found |= dict.fromkeys(map(pathlib.Path, matches))
     for path in found:
         if path.is_dir():
             raise UserError(
@@ -298,6 +321,9 @@ def open_dataset(config: TrainConfig) -> tuple[Rows, Rows | None]:
             f"dataset {name} has no column {config.text_column}\n"
             f"  set --text_column to one of {', '.join(columns)}"
         )
+    kind = getattr(splits["train"].features[config.text_column], "dtype", "a list")
+    if "string" not in kind:
+        raise UserError(f"column {config.text_column} of dataset {name} is no text but {kind}")
     label = f"{name} {subset}".strip()
     parts = [
         Rows(splits[split], label, config.text_column) if split in splits else None

@@ -32,7 +32,11 @@ class Tokenizer:
         self.name = name
         self.fast = fast
         self.eos_id: int = eos
-        self.vocab_size: int = len(fast)
+        # Ids may have gaps, and then the largest is not below their number.
+        self.vocab_size: int = 1 + max(fast.get_vocab().values())
+        # Settings that a tokenizer.json carries along; they would cut off every piece of text.
+        fast.backend_tokenizer.no_truncation()
+        fast.backend_tokenizer.no_padding()
         self.fingerprint = hashlib.blake2b(
             fast.backend_tokenizer.to_str().encode(), digest_size=16
         ).hexdigest()

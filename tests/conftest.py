@@ -1,0 +1,44 @@
+"""Eight CPU devices, strict ranks, no network, and the tiny things that tests share."""
+
+import os
+import pathlib
+import sys
+
+# Before JAX starts. Tests never reach out: whoever needs a hub starts one.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+import transformers
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Oracles are compared at full precision; on CPU this changes nothing.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """Token files of a test stay in the test."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf_home"))
+
+
+def make_config(**changes):
+    """A GPT2Config whose sizes all differ, without dropout. Keyword arguments override."""
+    sizes = {
+        "n_layer": 2, "n_head": 3, "n_embd": 12, "n_positions": 7, "vocab_size": 31,
+        "bos_token_id": 0, "eos_token_id": 0,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }  # fmt: skip
+    return transformers.GPT2Config(**sizes | changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return make_config

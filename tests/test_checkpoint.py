@@ -1,0 +1,150 @@
+"""What is saved comes back bitwise, and what cannot be read is set aside."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_flax import checkpoint, parallel
+from gpt2_flax.errors import CheckpointError, StorageError, UserError
+
+
+def make_state(seed=0):
+    def make(key):
+        return {
+            "step": jnp.int32(seed),
+            "params": {"a": jax.random.normal(key, (3, 5)), "b": {"0": jnp.ones(7)}},
+            "opt_state": (jax.random.normal(key, (300, 500)), ()),
+        }
+
+    return parallel.replicate(make, jax.random.key(seed))
+
+
+def like(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated()), state
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    with_closing = []
+
+    def open_store(keep=2):
+        with_closing.append(checkpoint.Checkpoints(tmp_path / "run", keep))
+        return with_closing[-1]
+
+    yield open_store
+    for opened in with_closing:
+        opened.close()
+
+
+def assert_same(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        assert a.dtype == b.dtype
+
+
+def test_state_and_meta_come_back_on_every_device(store):
+    meta = {"cursor": {"rows": 3}, "window": [[1, 0.1, 2.0**-30]], "none": None}
+    opened = store()
+    opened.save(5, make_state(5), meta, None)
+    opened.wait()
+    again = store()
+    state, got = again.restore_latest(like(make_state(5)))
+    assert got == meta
+    assert_same(state, make_state(5))
+    assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {parallel.replicated()}
+
+
+def test_a_state_may_be_donated_while_it_is_still_being_written(store):
+    opened = store()
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=(0,))
+    state = make_state(1)
+    opened.save(1, state, {}, None)
+    for _ in range(20):
+        state = advance(state)
+    opened.wait()
+    restored, _ = opened.restore_latest(like(state))
+    assert_same(restored, make_state(1))
+
+
+def test_the_newest_and_the_best_are_kept(store):
+    opened = store(keep=2)
+    losses = {1: 5.0, 2: 1.0, 3: None, 4: float("nan"), 5: 3.0, 6: float("inf")}
+    for step, loss in losses.items():
+        opened.save(step, make_state(), {}, loss)
+    opened.wait()
+    assert opened.steps() == [2, 5, 6]
+
+
+def test_an_unreadable_checkpoint_is_set_aside_for_an_older_one(store, caplog):
+    opened = store()
+    for step in (1, 2):
+        opened.save(step, make_state(step), {"of": step}, None)
+    opened.wait()
+    for file in (opened.folder / "2" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    again = store()
+    state, meta = again.restore_latest(like(make_state()))
+    assert meta == {"of": 1}
+    assert_same(state, make_state(1))
+    assert "checkpoint 2 cannot be read and is set aside" in caplog.text
+    again.save(2, make_state(2), {"of": 2}, None)
+    again.wait()
+    assert again.steps() == [1, 2]
+    assert (again.folder / "2.unreadable").is_dir()
+
+
+def test_with_no_readable_checkpoint_nothing_starts_afresh(store):
+    opened = store()
+    assert opened.restore_latest(like(make_state())) is None
+    opened.save(1, make_state(), {}, None)
+    opened.wait()
+    shutil.rmtree(opened.folder / "1" / "state")
+    again = store()
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints .* can be read"):
+        again.restore_latest(like(make_state()))
+
+
+def test_a_step_that_is_not_saved_is_an_error(store):
+    """Orbax skips a step below the newest without a word."""
+    opened = store()
+    opened.save(5, make_state(), {}, None)
+    with pytest.raises(RuntimeError, match="skipped the checkpoint of step 4"):
+        opened.save(4, make_state(), {}, None)
+
+
+def test_a_full_disk_is_named(store):
+    opened = store()
+    with (
+        pytest.raises(StorageError, match=r"cannot save .* No space left.*\n.*GB are free"),
+        checkpoint.storage_errors(opened.folder),
+    ):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+
+def test_parameters_are_read_alone_from_any_way_to_name_a_checkpoint(store, tmp_path):
+    opened = store()
+    for step in (3, 12):
+        opened.save(step, make_state(step), {"step": step}, None)
+    opened.wait()
+    run = tmp_path / "run"
+    for path, step, expected in (
+        (run, None, 12),
+        (run, 3, 3),
+        (run / "checkpoints", None, 12),
+        (run / "checkpoints" / "3", None, 3),
+    ):
+        found = checkpoint.locate(path, step)
+        assert checkpoint.read_meta(found) == {"step": expected}
+        shapes = like(make_state()["params"])
+        params = checkpoint.read_params(found, shapes)
+        assert_same(params, make_state(expected)["params"])
+    with pytest.raises(UserError, match="has no step 4; it has 3, 12"):
+        checkpoint.locate(run, 4)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.locate(tmp_path / "elsewhere", None)

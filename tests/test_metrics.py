@@ -1,0 +1,440 @@
+"""The log of a run, its speed, its curves, and the lines on the terminal."""
+
+import json
+import math
+import os
+import sys
+import threading
+import types
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import matplotlib.image
+import numpy as np
+import pytest
+
+from gpt2_flax import metrics
+from gpt2_flax.errors import NumericsError, StorageError, UserError
+from gpt2_flax.metrics import Meter, Progress, RunLog, plot_losses, read_log
+from gpt2_flax.model import FlaxGPT2LMHeadModule
+
+# ---------------------------------------------------------------- floating-point operations
+
+
+def test_flops_of_gpt2_124m_are_nanogpt_s():
+    # nanoGPT prints 123.59M parameters without positions; biases and LayerNorms are 0.06M.
+    n_params = 12 * 12 * 768**2 + 50257 * 768
+    assert n_params == 123_532_032
+    assert metrics.flops_per_token(12, 768, 50257, 1024) == 6 * n_params + 12 * 12 * 768 * 1024
+
+
+def test_flops_count_the_matrices_of_the_model(tiny_config):
+    config = tiny_config(n_layer=4)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(FlaxGPT2LMHeadModule(config).init, jax.random.key(0), ids)["params"]
+    sizes = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+    matrices = sum(sizes) - params["transformer"]["wpe"]["embedding"].size
+    # T = 0 leaves out attention over the context.
+    flops = metrics.flops_per_token(4, config.n_embd, config.vocab_size, 0)
+    assert flops == 6 * matrices
+    with_context = metrics.flops_per_token(4, config.n_embd, config.vocab_size, 5)
+    assert with_context - flops == 12 * 4 * config.n_embd * 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989.4e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_is_that_of_the_device_or_none(kind, peak):
+    assert metrics.peak_flops(kind) == peak
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+def open_log(folder, **options):
+    return RunLog(folder, **{"report_to": "none", "run_settings": {}} | options)
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    log = open_log(tmp_path)
+    assert read_log(log.path) == []
+    rows = [{"step": 1, "mfu": None, "train_loss": 0.1 + 0.2}, {"step": 2, "validation_loss": 3.0}]
+    for row in rows:
+        log.write(row)
+        # On disk at once: a kill loses nothing that was logged.
+        assert json.loads(log.path.read_text().splitlines()[-1]) == row
+    assert read_log(log.path) == rows
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "tra', "4", "null", '{"st', "\xff\x00", "{}"])
+def test_a_resumed_run_drops_later_rows_and_a_torn_one(torn, tmp_path):
+    log = open_log(tmp_path)
+    for step in (1, 2, 3):
+        log.write({"step": step})
+    with open(log.path, "a", encoding="latin-1") as file:
+        file.write(torn)
+    log.forget_after(2)
+    for step in (3, 4):
+        log.write({"step": step})
+    assert log.path.read_text() == "".join(f'{{"step": {n}}}\n' for n in (1, 2, 3, 4))
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_row_that_only_lacks_its_line_end_is_whole(tmp_path):
+    log = open_log(tmp_path)
+    log.path.write_text('{"step": 1}\n{"step": 2}')
+    log.forget_after(2)
+    assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_new_run_has_nothing_to_forget(tmp_path):
+    open_log(tmp_path).forget_after(0)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("taken", "act"),
+    [
+        ("metrics.jsonl", lambda log: log.write({})),
+        ("metrics.tmp", lambda log: log.forget_after(1)),
+    ],
+)
+def test_a_file_system_that_refuses_is_a_storage_error(taken, act, tmp_path):
+    log = open_log(tmp_path)
+    log.path.touch()
+    (tmp_path / taken).unlink(missing_ok=True)
+    (tmp_path / taken).mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*: Is a directory\n  make room"):
+        act(log)
+
+
+def test_rows_go_to_tensorboard(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def flush(self):
+            written.append("flushed")
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    open_log(tmp_path, report_to="tensorboard").write({"step": 7, "train_loss": 2.5, "mfu": None})
+    assert written == [str(tmp_path), ("train_loss", 2.5, 7), "flushed"]
+
+
+def test_rows_go_to_wandb(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((values, step)))
+    started = []
+    module = types.SimpleNamespace(init=lambda **options: started.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    log = open_log(tmp_path, report_to="wandb", run_settings={"seed": 3})
+    log.write({"step": 7, "train_loss": 2.5})
+    assert started == [{"dir": str(tmp_path), "config": {"seed": 3}, "resume": "allow"}]
+    assert logged == [({"train_loss": 2.5}, 7)]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "command"),
+    [
+        ("tensorboard", "tensorboardX", "pip install tensorboardX tensorboard"),
+        ("wandb", "wandb", "pip install wandb"),
+    ],
+)
+def test_a_reporter_that_is_not_installed_is_named(name, module, command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"--report_to {name} needs .*{module}\n  {command}$"):
+        open_log(tmp_path, report_to=name)
+
+
+# ---------------------------------------------------------------- Meter
+
+
+class Device:
+    """A device and a host with clocks of their own, in place of JAX's and the system's.
+
+    Steps are queued, as JAX queues them: only who waits for a value waits for the device.
+    """
+
+    def __init__(self, monkeypatch, step_seconds, dispatch_seconds):
+        self.step_seconds, self.dispatch_seconds = step_seconds, dispatch_seconds
+        self.clocks = threading.local()  # a thread that waits doesn't hold up another
+        self.free_at = 0.0
+        monkeypatch.setattr(metrics.time, "perf_counter", self.now)
+        monkeypatch.setattr(metrics.jax, "block_until_ready", self.wait)
+        monkeypatch.setattr(metrics.jax, "device_get", lambda x: self.wait(x) and plain(x))
+
+    def now(self):
+        return getattr(self.clocks, "now", 0.0)
+
+    def spend(self, seconds):
+        self.clocks.now = self.now() + seconds
+
+    def wait(self, tree):
+        ready = [leaf.ready for leaf in jax.tree.leaves(tree) if isinstance(leaf, Value)]
+        self.clocks.now = max([self.now(), *ready])
+        return True
+
+    def step(self, loss_sum=30.0, tokens=10.0, grad_norm=1.0):
+        """The values of one more step, which the device comes to by and by."""
+        self.spend(self.dispatch_seconds)
+        self.free_at = max(self.free_at, self.now()) + self.step_seconds
+        values = {"loss_sum": loss_sum, "tokens": tokens, "grad_norm": grad_norm}
+        return {name: Value(value, self.free_at) for name, value in values.items()}
+
+
+class Value(float):
+    def __new__(cls, value, ready):
+        made = super().__new__(cls, value)
+        made.ready = ready
+        return made
+
+
+def plain(tree):
+    return jax.tree.map(lambda x: float(x) if isinstance(x, Value) else x, tree)
+
+
+def make_meter(flops=7.0, peak=None, **snapshot):
+    return Meter(**{"tokens": 0, "seconds": 0.0, "window": []} | snapshot, flops=flops, peak=peak)
+
+
+def run_loop(device, meter, steps, every=5, pauses=None, first=0):
+    """The rows of a loop like the trainer's. pauses: step -> seconds of an evaluation there."""
+    rows = []
+    for n in range(first + 1, steps + 1):
+        meter.add(n, device.step())
+        if n % every == 0:
+            rows.append(meter.close_window(n, n / 100, 0.5))
+        with meter.paused():
+            if n in (pauses or {}):
+                rows.append(meter.flush())
+                device.spend(pauses[n])
+                device.free_at = device.now()
+    rows.append(meter.flush())
+    return [row for row in rows if row is not None]
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "dispatch_seconds"),
+    [(2.0, 0.1), (0.1, 2.0)],
+    ids=["the device is the slow one", "the host is the slow one"],
+)
+@pytest.mark.parametrize("pauses", [{}, {10: 1000.0}, {12: 1000.0}, {10: 9.0, 11: 9.0, 12: 9.0}])
+def test_speed_is_that_of_training_alone(step_seconds, dispatch_seconds, pauses, monkeypatch):
+    device = Device(monkeypatch, step_seconds, dispatch_seconds)
+    rows = run_loop(device, make_meter(), 30, pauses=pauses)
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
+    # At first and after a pause the queue is empty: what the quick one costs shows once.
+    speeds = np.array([row["tokens_per_second"] for row in rows])
+    np.testing.assert_allclose(speeds, 10 / 2.0, rtol=0.03)
+
+
+def test_the_first_step_of_a_session_is_not_timed(monkeypatch):
+    device = Device(monkeypatch, 2.0, 0.1)
+    meter = make_meter()
+    device.spend(60)  # compilation
+    rows = run_loop(device, meter, 3, every=1)
+    assert [row["tokens_per_second"] for row in rows[:1]] == [None]
+    assert rows[0]["mfu"] is None
+    assert rows[0]["tokens"] == 10
+    assert rows[1]["tokens_per_second"] == pytest.approx(10 / 2.1)
+
+
+def test_the_host_hands_out_steps_without_waiting_for_the_device(monkeypatch):
+    device = Device(monkeypatch, 2.0, 0.1)
+    meter = make_meter()
+    meter.add(1, device.step())  # the first one is waited for
+    for n in range(2, 6):
+        meter.add(n, device.step())
+        with meter.paused():
+            pass
+    assert meter.close_window(5, 0.1, 0.5) is None
+    assert device.now() == pytest.approx(2.1 + 4 * 0.1)
+
+
+def test_a_row_holds_the_numbers_of_its_own_window(monkeypatch):
+    device = Device(monkeypatch, 2.0, 0.5)
+    meter = make_meter(flops=3.0, peak=60.0)
+    meter.add(1, device.step(loss_sum=40.0, tokens=10.0, grad_norm=1.5))
+    meter.add(2, device.step(loss_sum=20.0, tokens=20.0, grad_norm=2.5))
+    assert meter.close_window(2, 0.25, 6e-4) is None
+    meter.add(3, device.step(loss_sum=99.0))
+    row = meter.flush()
+    speed = row.pop("tokens_per_second")
+    assert row.pop("seconds") == pytest.approx(3.0)
+    assert row.pop("mfu") == pytest.approx(speed * 3.0 / 60.0)
+    assert speed == pytest.approx(20 / 2.5)  # the second step: queued 0.5 s, then 2 s
+    assert row == {
+        "step": 2,
+        "epoch": 0.25,
+        "tokens": 30,
+        "train_loss": 2.0,  # over tokens: not the mean of the steps' 4 and 1
+        "learning_rate": 6e-4,
+        "grad_norm": 2.5,  # the last step's
+    }
+    assert meter.flush() is None
+
+
+def test_a_resumed_run_logs_what_the_whole_run_would_have(monkeypatch):
+    def numbers(rows):
+        return [{k: row[k] for k in ("step", "tokens", "train_loss", "grad_norm")} for row in rows]
+
+    device = Device(monkeypatch, 2.0, 0.1)
+    whole = run_loop(device, make_meter(), 20)
+    meter = make_meter()
+    before = run_loop(device, meter, 13)
+    assert meter.tokens_now() == 130
+    snapshot = json.loads(json.dumps(meter.snapshot()))
+    assert [entry[0] for entry in snapshot["window"]] == [11, 12, 13]
+    after = run_loop(device, make_meter(**snapshot), 20, first=13)
+    assert numbers(before + after) == numbers(whole)
+    assert after[0]["seconds"] > before[-1]["seconds"]
+    # Three of its steps were made before, and one was compiled in.
+    assert after[0]["tokens_per_second"] == pytest.approx(10 / 2.0, rel=0.06)
+
+
+def test_a_meter_takes_the_arrays_of_a_real_device():
+    meter = make_meter(peak=1e9)
+    for n in (1, 2):
+        scalars = {"loss_sum": 8.0 * n, "tokens": 4.0, "grad_norm": 1.0}
+        meter.add(n, {name: jnp.float32(value) for name, value in scalars.items()})
+    meter.close_window(2, 0.1, 0.5)
+    row = json.loads(json.dumps(meter.flush()))
+    assert (row["train_loss"], row["tokens"]) == (3.0, 8)
+    assert row["tokens_per_second"] > 0
+    assert 0 < row["mfu"] == row["tokens_per_second"] * 7.0 / 1e9
+
+
+@pytest.mark.parametrize("name", ["loss_sum", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_stops_the_run_and_names_its_step(name, value, monkeypatch):
+    device = Device(monkeypatch, 2.0, 0.1)
+    meter = make_meter()
+    meter.add(1, device.step())
+    meter.add(2, device.step(**{name: value}))
+    with pytest.raises(NumericsError, match=rf"^step 2: .* {value}.*\n  lower --learning_rate"):
+        meter.snapshot()
+    meter.close_window(2, 0.1, 0.5)
+    with pytest.raises(NumericsError, match=r"^step 2: "):
+        meter.flush()
+
+
+# ---------------------------------------------------------------- on the terminal
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    times = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: times.now)
+    return times
+
+
+def test_away_from_a_terminal_progress_is_a_line_a_log_point(clock, capsys):
+    progress = Progress(total_steps=1000, first_step=200)
+    progress.advance()
+    clock.now += 50.0
+    progress.show(300, 3.14159, 12345.6)
+    progress.show(1000, 2.0, None)
+    progress.say("step 300: validation loss 3.2")
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == ""  # that is for the sample and the closing words
+    assert err.splitlines() == [
+        "step 300/1000  loss 3.1416  12,346 tok/s  5:50 left",  # 100 steps in 50 s; 700 to go
+        "step 1000/1000  loss 2.0000  0:00 left",
+        "step 300: validation loss 3.2",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress(total_steps=10, first_step=4)
+    progress.advance()
+    progress.show(5, 3.14159, 99.6)
+    progress.say("a line")
+    progress.close()
+    err = capsys.readouterr().err
+    assert "a line\n" in err
+    bar = err.split("\r")[-1]
+    assert " 50% |" in bar
+    assert "step 5/10" in bar
+    assert "loss 3.142  100 tok/s" in bar
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"),
+     (90061, "25:01:01")],
+)  # fmt: skip
+def test_clock(seconds, text):
+    assert metrics.clock(seconds) == text
+
+
+# ---------------------------------------------------------------- loss.png
+
+
+def train_row(step, **more):
+    loss = 5.0 / step
+    return {"step": step, "tokens": 100 * step, "train_loss": loss, "learning_rate": 0.1} | more
+
+
+ROWS = [
+    train_row(1),
+    train_row(2, validation_loss=2.75),
+    {"step": 3, "tokens": 300, "validation_loss": 2.25},
+    train_row(4),
+]
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], [], ROWS[2:3]])
+def test_the_curves_are_a_picture_whatever_rows_there_are(rows, tmp_path):
+    plot_losses(rows, tmp_path / "loss.png")
+    height, width, _ = matplotlib.image.imread(tmp_path / "loss.png").shape
+    assert (height, width) == (550, 880)
+    assert os.listdir(tmp_path) == ["loss.png"]
+
+
+def test_the_curves_show_every_loss_over_tokens(tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep(figure, path, **options):
+        nonlocal drawn
+        path.touch()
+        losses, rates = figure.axes
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in losses.lines}
+        drawn["rates"] = rates.lines[0].get_xydata().tolist()
+        drawn["noted"] = [text.get_text() for text in losses.texts]
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    plot_losses(ROWS, tmp_path / "loss.png")
+    assert drawn == {
+        "train": [[100, 5.0], [200, 2.5], [400, 1.25]],
+        "validation": [[200, 2.75], [300, 2.25]],
+        "rates": [[100, 0.1], [200, 0.1], [400, 0.1]],
+        "noted": ["2.250"],
+    }
+
+
+def test_curves_that_cannot_be_written_are_a_storage_error(tmp_path):
+    with pytest.raises(StorageError, match=r"cannot write .*loss\.png: No such file"):
+        plot_losses(ROWS, tmp_path / "missing" / "loss.png")

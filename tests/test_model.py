@@ -1,0 +1,280 @@
+"""The model is PyTorch's GPT-2: same logits, same gradients, same initial distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+
+from gpt2_flax import weights
+from gpt2_flax.model import ACTIVATIONS, FlaxGPT2LMHeadModule, check_config, layer_norm
+from gpt2_flax.pretrained import FlaxGPT2LMHeadModel, param_shapes
+
+B, T = 2, 5
+
+
+def torch_twin(config, seed=0):
+    """(PyTorch's model with random weights, the same weights as our tree)."""
+    torch.manual_seed(seed)
+    config._attn_implementation = "eager"
+    oracle = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():  # biases and scales off their initial 0 and 1
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    state = {name: tensor.numpy() for name, tensor in oracle.state_dict().items()}
+    return oracle, weights.from_pytorch(state, param_shapes(config))
+
+
+def random_ids(config, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (B, T))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_inner": 20},
+        {"tie_word_embeddings": False},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"reorder_and_upcast_attn": True},
+        {"layer_norm_epsilon": 0.1},
+        *({"activation_function": name} for name in ACTIVATIONS),
+    ],
+    ids=lambda changes: "-".join(map(str, *changes.items())) if changes else "default",
+)
+def test_logits_are_pytorchs(tiny_config, changes):
+    config = tiny_config(**changes)
+    oracle, params = torch_twin(config)
+    ids = random_ids(config)
+    expected = oracle(torch.tensor(ids)).logits.detach().numpy()
+    got = FlaxGPT2LMHeadModule(config).apply({"params": params}, jnp.asarray(ids))
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_logits_of_left_padded_rows_are_pytorchs(tiny_config):
+    config = tiny_config()
+    oracle, params = torch_twin(config)
+    ids = random_ids(config)
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    expected = oracle(
+        torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        position_ids=torch.tensor(positions),
+    ).logits.detach()
+    model = FlaxGPT2LMHeadModel(config, params=params)
+    got = model(ids, attention_mask=mask, position_ids=positions).logits
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_pytorchs(tiny_config, compiled):
+    """Compiled and not: XLA's CPU fusions have had wrong gradients (jaxlib 0.10.2 and later)."""
+    config = tiny_config()
+    oracle, params = torch_twin(config)
+    ids = random_ids(config)
+    oracle(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
+    expected = weights.from_pytorch(
+        {name: p.grad.numpy() for name, p in oracle.named_parameters()}, param_shapes(config)
+    )
+
+    def loss(params):
+        logits = FlaxGPT2LMHeadModule(config).apply({"params": params}, jnp.asarray(ids))
+        log_probs = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(log_probs, jnp.asarray(ids)[:, 1:, None], -1).mean()
+
+    gradient = jax.jit(jax.grad(loss)) if compiled else jax.grad(loss)
+    got = flatten_dict(gradient(params))
+    for name, leaf in flatten_dict(expected).items():
+        assert np.abs(leaf).max() > 1e-5, name
+        np.testing.assert_allclose(got[name], leaf, atol=1e-6, err_msg=str(name))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameter_tree_is_that_of_hugging_faces_flax_class(tiny_config, tied):
+    """As `FlaxGPT2LMHeadModel(config).params` of transformers 4.57.6 lists it."""
+    D, I, V, P = 12, 48, 31, 7  # noqa: E741
+    block = {
+        "ln_1/scale": (D,), "ln_1/bias": (D,), "ln_2/scale": (D,), "ln_2/bias": (D,),
+        "attn/c_attn/kernel": (3 * D, D), "attn/c_attn/bias": (3 * D,),
+        "attn/c_proj/kernel": (D, D), "attn/c_proj/bias": (D,),
+        "mlp/c_fc/kernel": (I, D), "mlp/c_fc/bias": (I,),
+        "mlp/c_proj/kernel": (D, I), "mlp/c_proj/bias": (D,),
+    }  # fmt: skip
+    expected = {
+        "transformer/wte/embedding": (V, D),
+        "transformer/wpe/embedding": (P, D),
+        "transformer/ln_f/scale": (D,),
+        "transformer/ln_f/bias": (D,),
+        **{f"transformer/h/{n}/{name}": shape for n in "01" for name, shape in block.items()},
+    }
+    if not tied:
+        expected["lm_head/kernel"] = (D, V)
+    shapes = flatten_dict(param_shapes(tiny_config(tie_word_embeddings=tied)), sep="/")
+    assert {name: leaf.shape for name, leaf in shapes.items()} == expected
+
+
+def test_initial_weights_have_gpt2s_distribution(tiny_config):
+    config = tiny_config(n_embd=192, n_layer=8, vocab_size=311, n_positions=97)
+    params = flatten_dict(FlaxGPT2LMHeadModel(config).params, sep="/")
+    for name, leaf in params.items():
+        if name.endswith("bias"):
+            assert not leaf.any(), name
+        elif name.endswith("scale"):
+            assert (leaf == 1).all(), name
+        else:
+            std = 0.02 / np.sqrt(2 * 8) if "c_proj" in name else 0.02
+            assert abs(leaf.std() / std - 1) < 0.03, name
+            assert abs(leaf.mean()) < 5 * std / np.sqrt(leaf.size), name
+
+
+def test_initial_loss_is_that_of_guessing(tiny_config):
+    config = tiny_config(n_embd=48)
+    logits = FlaxGPT2LMHeadModel(config)(random_ids(config)).logits
+    loss = -jax.nn.log_softmax(logits).mean()
+    assert abs(loss - np.log(31)) < 0.05
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_a_position_sees_itself_and_what_came_before(tiny_config, position):
+    """By the gradient on the position table: zero after the position, not before it."""
+    config = tiny_config()
+    _, params = torch_twin(config)
+    ids = jnp.asarray(random_ids(config))
+
+    def one_logit(wpe):
+        tree = dict(params, transformer=dict(params["transformer"], wpe={"embedding": wpe}))
+        return FlaxGPT2LMHeadModule(config).apply({"params": tree}, ids)[0, position].sum()
+
+    moved = np.abs(jax.grad(one_logit)(params["transformer"]["wpe"]["embedding"])).sum(-1) > 0
+    assert moved[: position + 1].all()
+    assert not moved[position + 1 :].any()
+
+
+def test_cached_steps_give_the_logits_of_one_pass(tiny_config):
+    config = tiny_config()
+    _, params = torch_twin(config)
+    module, ids = FlaxGPT2LMHeadModule(config), jnp.asarray(random_ids(config))
+    whole = module.apply({"params": params}, ids)
+    from gpt2_flax.generation import empty_cache
+
+    cache = empty_cache(module, B, T)
+    for start, end in ((0, 2), (2, 3), (3, 5)):
+        positions = jnp.broadcast_to(jnp.arange(start, end), (B, end - start))
+        logits, updated = module.apply(
+            {"params": params, "cache": cache},
+            ids[:, start:end],
+            position_ids_BxT=positions,
+            mutable=["cache"],
+        )
+        cache = updated["cache"]
+        np.testing.assert_allclose(logits, whole[:, start:end], atol=1e-6)
+
+
+def test_layer_norm_and_its_derivatives_are_autodiffs():
+    def plain(x, scale, bias):
+        centred = x - x.mean(-1, keepdims=True)
+        variance = (centred**2).mean(-1, keepdims=True)
+        return centred / jnp.sqrt(variance + 1e-3) * scale + bias
+
+    def ours(x, scale, bias):
+        return layer_norm(x, scale, bias, 1e-3)
+
+    rng = np.random.default_rng(0)
+    x, dx = rng.normal(2, 3, (2, 5, 12)), rng.normal(size=(2, 5, 12))
+    arguments = tuple(
+        map(jnp.float32, (x, rng.normal(size=(1, 1, 12)), rng.normal(size=(1, 1, 12))))
+    )
+    tangents = tuple(
+        map(jnp.float32, (dx, rng.normal(size=(1, 1, 12)), rng.normal(size=(1, 1, 12))))
+    )
+    for got, expected in zip(
+        jax.jvp(ours, arguments, tangents), jax.jvp(plain, arguments, tangents), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    weigh = jnp.float32(dx)
+    for argument in range(3):
+        expected = jax.grad(lambda *a: (plain(*a) * weigh).sum(), argument)(*arguments)
+        got = jax.grad(lambda *a: (ours(*a) * weigh).sum(), argument)(*arguments)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_bfloat16_computes_softmax_norm_and_logits_in_float32(tiny_config):
+    config = tiny_config()
+    _, params = torch_twin(config)
+    ids = jnp.asarray(random_ids(config))
+    exact = FlaxGPT2LMHeadModule(config).apply({"params": params}, ids)
+    module = FlaxGPT2LMHeadModule(config, jnp.bfloat16)
+    logits = module.apply({"params": params}, ids)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact, atol=0.03)
+    program = jax.make_jaxpr(lambda p: module.apply({"params": p}, ids))(params)
+    for name in ("exp", "rsqrt"):  # of softmax and of LayerNorm
+        types = {str(out.aval.dtype) for eqn in equations(program) if eqn.primitive.name == name
+                 for out in eqn.outvars}  # fmt: skip
+        assert types == {"float32"}, name
+
+
+def equations(program):
+    """All equations of a jaxpr, those of its inner jaxprs too."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation
+        for value in equation.params.values():
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(value)
+
+
+def test_dropout_follows_the_row_not_its_place(tiny_config):
+    config = tiny_config(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    _, params = torch_twin(config)
+    ids, rows = jnp.asarray(random_ids(config)), jnp.array([4, 9])
+    module, key = FlaxGPT2LMHeadModule(config), jax.random.key(1)
+
+    def run(ids, rows, key):
+        return module.apply(
+            {"params": params}, ids, deterministic=False, row_ids_B=rows, rngs={"dropout": key}
+        )
+
+    logits = run(ids, rows, key)
+    np.testing.assert_allclose(run(ids[::-1], rows[::-1], key)[::-1], logits, atol=1e-6)
+    np.testing.assert_allclose(run(ids[1:], rows[1:], key), logits[1:], atol=1e-6)
+    assert not np.allclose(run(ids, rows + 1, key), logits)
+    assert not np.allclose(run(ids, rows, jax.random.key(2)), logits)
+    same_ids = jnp.tile(ids[:1], (2, 1))
+    twins = run(same_ids, rows, key)
+    assert not np.allclose(twins[0], twins[1])
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    from gpt2_flax.model import Dropout
+
+    ones = jnp.ones((3, 50, 70))
+    dropped = Dropout(0.3).apply(
+        {}, ones, jnp.arange(3), False, rngs={"dropout": jax.random.key(0)}
+    )
+    assert abs((dropped == 0).mean() - 0.3) < 0.02
+    np.testing.assert_allclose(dropped[dropped != 0], 1 / 0.7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": 13}, "n_embd=13 and n_head=3"),
+        ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
+        ({"activation_function": "gleu"}, "unknown activation_function 'gleu'"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+    ],
+)
+def test_a_config_that_names_no_model_is_refused(tiny_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_config(tiny_config(**changes))
+
+
+def test_ids_beyond_the_vocabulary_give_nan_not_nonsense(tiny_config):
+    logits = FlaxGPT2LMHeadModel(tiny_config())(np.array([[1, 30], [1, 31]])).logits
+    assert np.isfinite(logits[0]).all()
+    assert np.isnan(logits[1]).all()

@@ -1,0 +1,297 @@
+"""The learning rate of every update, what decays, what is clipped, and the update rules."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gpt2_flax import optim
+from gpt2_flax.pretrained import param_shapes
+
+PEAK, FLOOR = 1e-3, 1e-4
+KINDS = ("constant", "linear", "cosine")
+
+
+def rates(kind, warmup, total, floor=FLOOR):
+    schedule = optim.make_schedule(kind, PEAK, floor, warmup, total)
+    return np.array([schedule(n) for n in range(total + 1)], np.float64)
+
+
+def make_optimizer(name="adamw", rate=0.1, weight_decay=0.0, grad_clip=0.0, **options):
+    schedule = rate if callable(rate) else optax.constant_schedule(rate)
+    betas = {"beta1": 0.8, "beta2": 0.9, "epsilon": 1e-3} | options
+    return optim.make_optimizer(
+        name, schedule, weight_decay=weight_decay, grad_clip=grad_clip, **betas
+    )
+
+
+# ---------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize(
+    ("kind", "fall", "near_end"),
+    [
+        ("constant", (PEAK, PEAK), PEAK),
+        ("linear", ((PEAK + FLOOR) / 2, FLOOR), FLOOR + (PEAK - FLOOR) / 90),
+        (
+            "cosine",
+            ((PEAK + FLOOR) / 2, FLOOR),
+            FLOOR + (PEAK - FLOOR) * (1 + math.cos(math.pi * 89 / 90)) / 2,
+        ),
+    ],
+)
+def test_rates_at_named_updates(kind, fall, near_end):
+    got = rates(kind, warmup=10, total=100)
+    by_hand = {
+        0: PEAK / 10,  # the first update learns something
+        4: PEAK / 2,
+        9: PEAK,  # the last of the warmup
+        10: PEAK,
+        55: fall[0],
+        99: near_end,  # the last update
+        100: fall[1],  # never used
+    }
+    for n, rate in by_hand.items():
+        assert got[n] == pytest.approx(rate, rel=1e-5), n
+
+
+@pytest.mark.parametrize(
+    ("kind", "oracle"),
+    [
+        ("constant", optax.constant_schedule(PEAK)),
+        ("linear", optax.linear_schedule(PEAK, FLOOR, 40)),
+        ("cosine", optax.cosine_decay_schedule(PEAK, 40, alpha=FLOOR / PEAK)),
+    ],
+)
+def test_without_warmup_the_schedule_is_optax_s_own(kind, oracle):
+    np.testing.assert_allclose(rates(kind, 0, 40), [oracle(n) for n in range(41)], rtol=1e-6)
+
+
+def test_with_warmup_it_is_optax_s_shifted_off_the_rate_of_zero():
+    oracle = optax.warmup_cosine_decay_schedule(0.0, PEAK, 8, decay_steps=40, end_value=FLOOR)
+    expected = [oracle(n + 1) for n in range(8)] + [oracle(n) for n in range(8, 41)]
+    np.testing.assert_allclose(rates("cosine", 8, 40), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (1, 1), (0, 7), (1, 7), (6, 7), (7, 7)])
+def test_every_update_learns_and_the_last_is_above_the_floor(kind, warmup, total):
+    got = rates(kind, warmup, total, floor=0.0)[:total]
+    assert (got > 0).all()
+    assert (np.diff(got[:warmup]) > 0).all()
+    assert (np.diff(got[warmup:]) <= 0).all()
+    assert got.max() == pytest.approx(PEAK)
+    if warmup:
+        assert got[0] == pytest.approx(PEAK / warmup)
+    if kind != "constant" and warmup < total:
+        np.testing.assert_allclose(rates(kind, warmup, total)[total], FLOOR, rtol=1e-5)
+
+
+def test_an_unknown_schedule_is_our_own_bug():
+    with pytest.raises(KeyError, match="step"):
+        optim.make_schedule("step", PEAK, FLOOR, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("setting", "total", "steps"),
+    [
+        (0.0, 100, 0),
+        (0.05, 100, 5),
+        (0.05, 109, 5),
+        (0.05, 5, 0),
+        (0.999, 100, 100),
+        (1.0, 100, 1),
+        (1.4, 100, 1),
+        (30.0, 420, 30),
+        (500.0, 420, 420),
+    ],
+)
+def test_warmup_is_a_share_below_1_and_a_count_from_1_on(setting, total, steps):
+    assert optim.count_warmup(setting, total) == steps
+
+
+def test_update_n_has_rate_n():
+    optimizer = make_optimizer("sgd", rate=lambda n: 10.0**-n, beta1=0.0)
+    params = {"w": jnp.zeros(())}
+    state = optimizer.init(params)
+    for n in range(3):
+        updates, state = optimizer.update({"w": jnp.ones(())}, state, params)
+        assert float(updates["w"]) == pytest.approx(-(10.0**-n))
+
+
+# ---------------------------------------------------------------- decay
+
+
+def expected_mask(config):
+    layer = {
+        "ln_1": {"scale": False, "bias": False},
+        "attn": {
+            "c_attn": {"kernel": True, "bias": False},
+            "c_proj": {"kernel": True, "bias": False},
+        },
+        "ln_2": {"scale": False, "bias": False},
+        "mlp": {
+            "c_fc": {"kernel": True, "bias": False},
+            "c_proj": {"kernel": True, "bias": False},
+        },
+    }
+    tree = {
+        "transformer": {
+            "wte": {"embedding": True},
+            "wpe": {"embedding": True},
+            "h": {str(n): layer for n in range(config.n_layer)},
+            "ln_f": {"scale": False, "bias": False},
+        }
+    }
+    return tree if config.tie_word_embeddings else tree | {"lm_head": {"kernel": True}}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_decay_and_nothing_else(tied, tiny_config):
+    config = tiny_config(tie_word_embeddings=tied)
+    assert optim.decay_mask(param_shapes(config)) == expected_mask(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tied, tiny_config):
+    dimensions = optim.muon_dimensions(param_shapes(tiny_config(tie_word_embeddings=tied)))
+    for path, chosen in flatten_dict(dimensions).items():
+        in_a_block = path[:2] == ("transformer", "h") and path[-1] == "kernel"
+        # A kernel is (out, in).
+        expected = optax.contrib.MuonDimensionNumbers((1,), (0,)) if in_a_block else None
+        assert chosen == expected, path
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd"])
+def test_decay_is_decoupled_from_the_gradient(name, tiny_config):
+    config = tiny_config(n_layer=1)
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 2.0), param_shapes(config))
+    optimizer = make_optimizer(name, rate=0.1, weight_decay=0.3)
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(optimizer.update)(still, optimizer.init(params), params)
+    decays = flatten_dict(expected_mask(config))
+    for path, update in flatten_dict(updates).items():
+        expected = -0.1 * 0.3 * 2.0 if decays[path] else 0.0
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg="/".join(path))
+
+
+# ---------------------------------------------------------------- clipping
+
+
+@pytest.mark.parametrize(
+    ("clip", "factor"), [(0.0, 1.0), (13.0, 1.0), (20.0, 1.0), (6.5, 0.5), (1.3, 0.1)]
+)
+def test_the_gradient_is_clipped_to_its_global_norm(clip, factor):
+    grads = {"a": jnp.array([[3.0, 0.0], [0.0, 4.0]]), "b": jnp.array([12.0])}  # norm 13
+    optimizer = make_optimizer("sgd", rate=1.0, grad_clip=clip, beta1=0.0)
+    updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(updates[name], -factor * grad, rtol=1e-6)
+
+
+def test_decay_is_not_clipped():
+    params = {"w": jnp.full((1, 1), 100.0)}
+    optimizer = make_optimizer("sgd", rate=1.0, weight_decay=0.5, grad_clip=1.0)
+    updates, _ = optimizer.update({"w": jnp.zeros((1, 1))}, optimizer.init(params), params)
+    assert float(updates["w"][0, 0]) == -50.0
+
+
+# ---------------------------------------------------------------- update rules
+
+B1, B2, EPSILON = 0.8, 0.9, 1e-3
+
+
+def adamw_by_hand(grad, state, n):
+    m, v = B1 * state[0] + (1 - B1) * grad, B2 * state[1] + (1 - B2) * grad**2
+    m_hat, v_hat = m / (1 - B1**n), v / (1 - B2**n)
+    return m_hat / (np.sqrt(v_hat) + EPSILON), (m, v)
+
+
+def lion_by_hand(grad, state, n):
+    return np.sign(B1 * state[0] + (1 - B1) * grad), (B2 * state[0] + (1 - B2) * grad, 0)
+
+
+def sgd_by_hand(grad, state, n):
+    velocity = B1 * state[0] + grad
+    return velocity, (velocity, 0)
+
+
+def nesterov(m, grad, n):
+    return B1 * m / (1 - B1 ** (n + 1)) + (1 - B1) * grad / (1 - B1**n)
+
+
+def muon_by_hand(grad, state, n):
+    m = B1 * state[0] + (1 - B1) * grad
+    x = nesterov(m, grad, n)
+    x = x / (np.linalg.norm(x) + EPSILON)
+    for _ in range(5):  # Newton-Schulz: drives every singular value towards 1
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return 0.2 * np.sqrt(max(grad.shape)) * x, (m, 0)
+
+
+def nadam_by_hand(grad, state, n):
+    m, v = B1 * state[0] + (1 - B1) * grad, B2 * state[1] + (1 - B2) * grad**2
+    return nesterov(m, grad, n) / (np.sqrt(v / (1 - B2**n)) + EPSILON), (m, v)
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf", "rule"),
+    [
+        ("adamw", "kernel", adamw_by_hand),
+        ("lion", "kernel", lion_by_hand),
+        ("sgd", "kernel", sgd_by_hand),
+        ("muon", "kernel", muon_by_hand),
+        ("muon", "embedding", nadam_by_hand),
+    ],
+)
+def test_updates_follow_the_published_rule(name, leaf, rule):
+    rate, decay = 0.05, 0.3
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(2, 3))
+    optimizer = make_optimizer(name, rate=rate, weight_decay=decay)
+    params = {"a": {leaf: jnp.asarray(w, jnp.float32)}}
+    opt_state, state = optimizer.init(params), (np.zeros_like(w), np.zeros_like(w))
+    for n in (1, 2, 3):
+        grad = rng.normal(size=w.shape)
+        updates, opt_state = optimizer.update(
+            {"a": {leaf: jnp.asarray(grad, jnp.float32)}}, opt_state, params
+        )
+        params = optax.apply_updates(params, updates)
+        direction, state = rule(grad, state, n)
+        w = w - rate * (direction + decay * w)
+        np.testing.assert_allclose(params["a"][leaf], w, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"), [("adamw", 0.1), ("lion", 0.05), ("sgd", 0.02), ("muon", 0.2)]
+)
+def test_every_optimizer_goes_down_a_quadratic(name, rate, tiny_config):
+    shapes = flatten_dict(param_shapes(tiny_config(n_layer=1)))
+    rng = np.random.default_rng(1)
+    params = unflatten_dict(
+        {
+            path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+            for path, leaf in shapes.items()
+        }
+    )
+
+    def loss(params):
+        return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params))
+
+    optimizer = make_optimizer(name, rate=rate, grad_clip=1e6)
+
+    @jax.jit
+    def update(params, opt_state):
+        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state, first = optimizer.init(params), float(loss(params))
+    for _ in range(60):
+        params, opt_state = update(params, opt_state)
+    assert float(loss(params)) < 0.1 * first

@@ -1,0 +1,226 @@
+"""One update is PyTorch's update, on any number of devices and micro-batches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax.traverse_util import flatten_dict
+
+from gpt2_flax import optim, parallel, step, weights
+from gpt2_flax.data.batches import Batch, make_batch
+from gpt2_flax.model import FlaxGPT2LMHeadModule
+from gpt2_flax.pretrained import param_shapes
+from tests.test_model import torch_twin
+
+T = 5
+
+
+def make_optimizer(learning_rate=1e-2, grad_clip=1.0):
+    return optim.make_optimizer(
+        "adamw", optax.constant_schedule(learning_rate), 0.1, 0.9, 0.95, 1e-8, grad_clip
+    )
+
+
+def random_batches(n_rows, count, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        ids = rng.integers(0, 31, (n_rows, T + 1)).astype(np.int32)
+        batch = make_batch(ids, np.ones(n_rows, bool), slice(None), n_rows)
+        yield batch._replace(length_B=rng.integers(1, T + 1, n_rows).astype(np.int32))
+
+
+def run(config, batches, engine=None, micro_batches=1, step_function=step.train_step):
+    """Losses of steps and the last state; engine None: plain jit on one device."""
+    optimizer, module = make_optimizer(), FlaxGPT2LMHeadModule(config)
+    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
+    one = functools.partial(step_function, model=module, optimizer=optimizer, seed=3)
+    if engine is None:
+        state, update = jax.jit(make)(jax.random.key(0)), jax.jit(one)
+
+        def put(batch):
+            return jax.tree.map(
+                lambda x: jnp.asarray(x).reshape(micro_batches, -1, *x.shape[1:]), batch
+            )
+    else:
+        state = parallel.replicate(make, jax.random.key(0))
+        update = parallel.compile_train_step(one, engine)
+
+        def put(batch):
+            return parallel.put_batch(batch, micro_batches)
+
+    losses = []
+    for batch in batches:
+        state, metrics = update(state, put(batch))
+        losses.append(float(metrics["loss_sum"] / metrics["tokens"]))
+    return np.array(losses), state
+
+
+def test_one_adamw_step_is_pytorchs(tiny_config):
+    """Loss, clipped gradient, decay on matrices only: against torch.optim.AdamW."""
+    config = tiny_config()
+    oracle, params = torch_twin(config)
+    module, optimizer = FlaxGPT2LMHeadModule(config), make_optimizer(grad_clip=0.3)
+    # torch shares this memory and updates it in place
+    params = jax.tree.map(np.copy, params)
+    batch = next(random_batches(2, 1))._replace(length_B=np.array([T, T], np.int32))
+    state = step.state_from_params(jax.tree.map(jnp.asarray, params), optimizer)
+    update = functools.partial(step.train_step, model=module, optimizer=optimizer, seed=0)
+    new, metrics = jax.jit(update)(state, jax.tree.map(lambda x: x[None], batch))
+
+    groups = [
+        {"params": [p for p in oracle.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in oracle.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    ids = torch.tensor(batch.ids_BxS).long()
+    loss = oracle(ids, labels=ids).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(oracle.parameters(), 0.3)
+    assert norm > 0.3
+    adamw.step()
+    expected = weights.from_pytorch(
+        {name: p.detach().numpy() for name, p in oracle.named_parameters()}, param_shapes(config)
+    )
+
+    np.testing.assert_allclose(metrics["loss_sum"] / metrics["tokens"], loss.item(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-5)
+    before, got = flatten_dict(params), flatten_dict(new.params)
+    for name, leaf in flatten_dict(expected).items():
+        moved = np.abs(leaf - before[name]).max()
+        assert moved > 1e-3, name
+        # AdamW's first step divides a gradient by its own size: where that is next to
+        # nothing, the last bit of the gradient decides. Biases of keys have none at all.
+        if name[-2:] == ("c_attn", "bias"):
+            continue
+        np.testing.assert_allclose(got[name], leaf, atol=1e-5, err_msg=str(name))
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.2], ids=["plain", "dropout"])
+def one_device(request, tiny_config):
+    """(configuration, batches of 20 steps with rows of unequal length, losses on one device)."""
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), request.param)
+    config, batches = tiny_config(**rates), 5 * list(random_batches(16, 4))
+    losses, _ = run(config, batches)
+    assert losses[0] - losses[-1] > 0.1
+    return config, batches, losses
+
+
+@pytest.mark.parametrize(
+    ("engine", "micro_batches"), [("pmap", 1), ("pmap", 2), ("jit", 1), ("jit", 2)]
+)
+def test_eight_devices_are_one(one_device, engine, micro_batches):
+    """20 steps give the same losses, dropout included."""
+    config, batches, expected = one_device
+    got, state = run(config, batches, engine, micro_batches)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    for leaf in jax.tree.leaves(state):
+        assert leaf.sharding == parallel.replicated()
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert all(np.array_equal(shard, shards[0]) for shard in shards)
+
+
+def test_a_step_that_forgets_to_reduce_is_noticed(tiny_config):
+    """With out_axes=None pmap would silently hand back the first device's own result."""
+
+    def unreduced(state, batch, *, axis_name, **fixed):
+        return step.train_step(state, batch, axis_name=None, **fixed)
+
+    batches = list(random_batches(16, 20))
+    expected, _ = run(tiny_config(), batches)
+    got, _ = run(tiny_config(), batches, "pmap", step_function=unreduced)
+    assert np.abs(got / expected - 1).max() > 1e-3
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_micro_batches_are_one_batch(tiny_config, parts):
+    """Weighted by targets, not by micro-batches: the rows' lengths are unequal."""
+    batches = list(random_batches(8, 3))
+    expected, one = run(tiny_config(), batches)
+    got, accumulated = run(tiny_config(), batches, micro_batches=parts)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(accumulated.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_padding_rows_change_nothing(tiny_config):
+    batch = next(random_batches(4, 1))
+    padded = Batch(
+        np.concatenate([batch.ids_BxS, batch.ids_BxS[::-1]]),
+        np.arange(8, dtype=np.int32),
+        np.concatenate([batch.length_B, np.zeros(4, np.int32)]),
+    )
+    (expected, a), (got, b) = run(tiny_config(), [batch]), run(tiny_config(), [padded])
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a.params, b.params)
+
+
+def test_one_batch_can_be_learned_by_heart(tiny_config):
+    batch = next(random_batches(2, 1))
+    losses, _ = run(tiny_config(n_embd=48), [batch] * 150)
+    assert losses[0] > 3
+    assert losses[-1] < 0.1
+
+
+def test_the_compiled_step_reduces_once_donates_and_traces_once(tiny_config):
+    config = tiny_config()
+    optimizer, module = make_optimizer(), FlaxGPT2LMHeadModule(config)
+    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
+    traces = []
+
+    def counted(state, batch, *, axis_name):
+        traces.append(1)
+        return step.train_step(
+            state, batch, model=module, optimizer=optimizer, seed=0, axis_name=axis_name
+        )
+
+    update = parallel.compile_train_step(counted, "pmap")
+    state = parallel.replicate(make, jax.random.key(0))
+    batches = [parallel.put_batch(batch, 1) for batch in random_batches(8, 3)]
+    program = update.lower(state, batches[0]).compile().as_text()
+    assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
+    traces.clear()
+    first = state
+    for batch in batches:
+        with jax.transfer_guard("disallow"):
+            state, _ = update(state, batch)
+    assert len(traces) <= 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+
+
+@pytest.mark.parametrize("engine", ["pmap", "jit"])
+def test_evaluation_sums_over_devices_and_ignores_padding(tiny_config, engine):
+    module = FlaxGPT2LMHeadModule(tiny_config(resid_pdrop=0.5))
+    params = module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    batch = next(random_batches(16, 1))
+    evaluate = parallel.compile_eval_step(functools.partial(step.eval_step, model=module), engine)
+    loss, targets = evaluate(
+        jax.device_put(params, parallel.replicated()), parallel.put_batch(batch, None)
+    )
+    assert targets == batch.length_B.sum()
+    log_probs = jax.nn.log_softmax(module.apply({"params": params}, batch.ids_BxS[:, :-1]))
+    by_hand = sum(
+        -log_probs[row, t, batch.ids_BxS[row, t + 1]]
+        for row in range(16)
+        for t in range(batch.length_B[row])
+    )
+    np.testing.assert_allclose(loss, by_hand, rtol=1e-5)
+
+
+def test_bfloat16_keeps_parameters_and_loss_in_float32(tiny_config):
+    module, optimizer = FlaxGPT2LMHeadModule(tiny_config(), jnp.bfloat16), make_optimizer()
+    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
+    state = jax.jit(make)(jax.random.key(0))
+    one = functools.partial(step.train_step, model=module, optimizer=optimizer, seed=0)
+    batch = jax.tree.map(lambda x: x[None], next(random_batches(4, 1)))
+    new, metrics = jax.jit(one)(state, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(new.params)} == {jnp.dtype("float32")}
+    exact = functools.partial(
+        step.train_step, model=FlaxGPT2LMHeadModule(tiny_config()), optimizer=optimizer, seed=0
+    )
+    _, expected = jax.jit(exact)(state, batch)
+    assert metrics["loss_sum"].dtype == jnp.float32
+    np.testing.assert_allclose(metrics["loss_sum"], expected["loss_sum"], rtol=5e-3)

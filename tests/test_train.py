@@ -1,0 +1,278 @@
+"""Runs from text to model, in this process: what they leave, and how they go on."""
+
+import json
+import pathlib
+import shutil
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+import transformers
+import yaml
+
+from gpt2_flax import FlaxGPT2LMHeadModel, checkpoint, convert, metrics
+from gpt2_flax.config import load_config
+from gpt2_flax.errors import CheckpointError, NumericsError, UserError
+from gpt2_flax.train import locked, train
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = [
+    "--n_layers", "1", "--n_heads", "2", "--n_embd", "8", "--n_positions", "24",
+    "--block_size", "16", "--batch_size", "1", "--tokenizer", "bytes", "--sample_tokens", "0",
+    "--max_steps", "12", "--log_every", "3", "--save_every", "4", "--eval_every", "6",
+    "--learning_rate", "1e-2", "--dropout", "0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file of a few thousand words that a byte model can learn something from."""
+    rng = np.random.default_rng(0)
+    words = ["tea", "milk", "sugar", "lemon", "honey", "\n"]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(rng.choice(words, 3000)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(text):
+    def start(output_dir, *flags):
+        files = [] if "--train_file" in flags else ["--train_file", str(text)]
+        return train(load_config([*TINY, *files, "--output_dir", str(output_dir), *flags]))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finished(run, tmp_path_factory):
+    """A run that was never interrupted. Copy it before changing anything in it."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    assert run(output_dir) == 0
+    return output_dir
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal when a row of the log names a step."""
+    write = metrics.RunLog.write
+
+    def write_and_stop(self, row):
+        write(self, row)
+        if row["step"] == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(metrics.RunLog, "write", write_and_stop)
+
+
+def learned(output_dir):
+    """Everything a run has learned: state and cursor of its newest checkpoint."""
+    with jax.default_device(jax.devices()[0]):
+        opened = checkpoint.Checkpoints(output_dir, 1)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+        restored = opened.manager.restore(opened.steps()[-1], args=items)
+        opened.close()
+    return jax.tree.map(np.asarray, restored["state"]), restored["meta"]["cursor"]
+
+
+def assert_same_run(a, b):
+    (state_a, cursor_a), (state_b, cursor_b) = learned(a), learned(b)
+    assert cursor_a == cursor_b
+    assert jax.tree.structure(state_a) == jax.tree.structure(state_b)
+    for x, y in zip(jax.tree.leaves(state_a), jax.tree.leaves(state_b), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    timed = ("tokens_per_second", "seconds", "mfu")
+    rows_a, rows_b = (
+        [{k: v for k, v in row.items() if k not in timed} for row in metrics.read_log(path)]
+        for path in (a / "metrics.jsonl", b / "metrics.jsonl")
+    )
+    assert rows_a == rows_b
+
+
+def test_a_run_leaves_what_its_contract_says(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "config.json",
+        "generation_config.json", "model.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    assert not [name for name in names if "tmp" in name]
+    steps = {path.name for path in (finished / "checkpoints").iterdir()}
+    assert steps == {"8", "12"}
+    assert {p.name for p in (finished / "checkpoints" / "12").iterdir()} >= {"state", "meta"}
+    rows = metrics.read_log(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    training = {
+        "step", "epoch", "tokens", "train_loss", "learning_rate", "grad_norm",
+        "tokens_per_second", "mfu", "seconds",
+    }  # fmt: skip
+    assert rows[0].keys() == training
+    assert rows[1].keys() == training | {"validation_loss", "perplexity"}
+    assert rows[3]["tokens"] == 12 * 8 * 16
+    assert rows[3]["train_loss"] < rows[0]["train_loss"]
+    assert yaml.safe_load((finished / "config.yaml").read_text())["n_embd"] == 8
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pytorch_opens_the_run_with_our_weights_bitwise(finished):
+    oracle = transformers.GPT2LMHeadModel.from_pretrained(finished, attn_implementation="eager")
+    state, _ = learned(finished)
+    wte = state["params"]["transformer"]["wte"]["embedding"]
+    np.testing.assert_array_equal(oracle.transformer.wte.weight.detach().numpy(), wte)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished)
+    ids = np.array(tokenizer("milk and tea")["input_ids"])[None]
+    assert ids.tolist()[0] == list(b"milk and tea")
+    ours = FlaxGPT2LMHeadModel.from_pretrained(finished)(ids).logits
+    np.testing.assert_allclose(ours, oracle(torch.tensor(ids)).logits.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("stops", [(3,), (6, 9)], ids=["once", "twice"])
+def test_a_stopped_run_goes_on_bitwise(run, finished, tmp_path, monkeypatch, stops):
+    """Stopped off the saving steps and inside a window of the log; dropout on."""
+    output_dir = tmp_path / "run"
+    for step in stops:
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            assert run(output_dir) == 143
+        saved = max(int(path.name) for path in (output_dir / "checkpoints").iterdir())
+        assert saved >= step
+    assert run(output_dir) == 0
+    assert_same_run(output_dir, finished)
+
+
+def test_a_run_that_lost_its_newest_steps_does_them_again_bitwise(run, finished, tmp_path):
+    """As after a kill: the log is ahead of the checkpoint, its last row half written."""
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    shutil.rmtree(output_dir / "checkpoints" / "12")
+    (output_dir / "model.safetensors").unlink()
+    (output_dir / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir()
+    with open(output_dir / "metrics.jsonl", "a") as log:
+        log.write('{"step": 15, "train_l')
+    assert run(output_dir) == 0
+    assert_same_run(output_dir, finished)
+    assert {path.name for path in (output_dir / "checkpoints").iterdir()} == {"8", "12"}
+
+
+def test_a_finished_run_only_writes_its_model_again(run, finished, tmp_path, capsys):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    (output_dir / "model.safetensors").unlink()
+    log = (output_dir / "metrics.jsonl").read_text()
+    assert run(output_dir) == 0
+    assert_same_run(output_dir, finished)
+    assert (output_dir / "metrics.jsonl").read_text() == log
+    assert "scripts/generate.py --model" in capsys.readouterr().out
+
+
+def test_a_stream_learns_and_goes_on_bitwise(run, tmp_path, monkeypatch):
+    flags = ("--streaming", "--shuffle_window", "20", "--dropout", "0")
+    assert run(tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        assert run(tmp_path / "parts", *flags) == 143
+    assert run(tmp_path / "parts", *flags) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_an_epoch_uses_every_row_once(run, text, tmp_path):
+    """The last step's batch is filled up with rows that count nothing."""
+    assert run(tmp_path, "--max_steps", "0", "--epochs", "0.5", "--validation_share", "0") == 0
+    n_rows = text.stat().st_size // 16  # and the end-of-text as the last target
+    last = metrics.read_log(tmp_path / "metrics.jsonl")[-1]
+    assert last["tokens"] == round(n_rows / 2) * 16
+    assert last["step"] == -(-round(n_rows / 2) // 8)
+    assert "validation_loss" not in last
+
+
+def test_accumulation_makes_up_the_same_steps(run, finished, tmp_path):
+    """2 x 8 rows a step, by accumulation and by batch size: the same losses."""
+    flags = ("--dropout", "0", "--max_steps", "6")
+    assert run(tmp_path / "accumulated", *flags, "--grad_accum", "2") == 0
+    assert run(tmp_path / "at_once", *flags, "--batch_size", "2") == 0
+    a, b = (
+        [row["train_loss"] for row in metrics.read_log(tmp_path / name / "metrics.jsonl")]
+        for name in ("accumulated", "at_once")
+    )
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_training_can_begin_from_a_model(run, finished, tmp_path):
+    flags = [*TINY[8:], "--init_from", str(finished), "--learning_rate", "1e-9"]
+    config = load_config(
+        [*flags, "--train_file", str(ROOT / "README.md"), "--output_dir", str(tmp_path)]
+    )
+    assert train(config) == 0
+    began, ended = (FlaxGPT2LMHeadModel.from_pretrained(path) for path in (finished, tmp_path))
+    for a, b in zip(jax.tree.leaves(began.params), jax.tree.leaves(ended.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_other_settings_are_refused_and_change_nothing(run, finished, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError, match=r"other settings: learning_rate 0.01 -> 0.02, seed 42 -> 1"
+    ):
+        run(output_dir, "--learning_rate", "2e-2", "--seed", "1")
+    with pytest.raises(UserError, match="--resume never"):
+        run(output_dir, "--resume", "never")
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely " * 200)
+    with pytest.raises(UserError, match="train_file"):
+        run(output_dir, "--train_file", str(other))
+    with pytest.raises(
+        UserError, match=r"steps have 8 rows; 8 devices x batch_size 3 .*\n.*\[1\]"
+    ):
+        run(output_dir, "--batch_size", "3")
+    with locked(output_dir), pytest.raises(UserError, match="is in use by process"):
+        run(output_dir)
+    after = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    lock = output_dir / ".lock"
+    assert {**after, lock: b""} == {**before, lock: b""}
+
+
+def test_a_changed_text_is_refused(run, text, tmp_path):
+    own = tmp_path / "text.txt"
+    shutil.copy(text, own)
+    assert run(tmp_path / "run", "--train_file", str(own), "--max_steps", "2") == 0
+    own.write_text(own.read_text() + " more")
+    with pytest.raises(UserError, match="the text is not the one"):
+        run(tmp_path / "run", "--train_file", str(own), "--max_steps", "2")
+
+
+def test_a_directory_of_somebody_elses_is_left_alone(run, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"holds model\.safetensors but no config.yaml"):
+        run(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
+    with pytest.raises(UserError, match="is a file"):
+        run(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        run(tmp_path / "nothing", "--resume", "require")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_unsaved(run, tmp_path):
+    with pytest.raises(NumericsError, match=r"step \d+: the loss is (nan|inf)"):
+        run(tmp_path, "--learning_rate", "1e38", "--grad_clip", "0", "--warmup_steps", "0")
+    steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert all(step < 4 for step in steps)
+
+
+def test_any_checkpoint_converts_for_pytorch(finished, tmp_path):
+    for step, name in ((8, "by_step"), (None, "newest")):
+        convert.to_pytorch(finished, tmp_path / name, step)
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path / name)
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / name).eos_token_id == 256
+    final = (finished / "model.safetensors").read_bytes()
+    assert (tmp_path / "newest" / "model.safetensors").read_bytes() == final
+    assert (tmp_path / "by_step" / "model.safetensors").read_bytes() != final
+    settings = json.loads((tmp_path / "newest" / "config.json").read_text())
+    assert settings == json.loads((finished / "config.json").read_text())
+    with pytest.raises(UserError, match="holds a model already"):
+        convert.to_pytorch(finished, tmp_path / "newest")
+    with pytest.raises(UserError, match="has no step 7; it has 8, 12"):
+        convert.to_pytorch(finished, tmp_path / "x", 7)
