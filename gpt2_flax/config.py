@@ -110,7 +110,9 @@ class TrainConfig:
     eval_rows: int = setting(
         0, "rows of an evaluation; 0: all, but no more than were trained on since the last one"
     )
-    save_every: int = setting(250, "steps between checkpoints; 0: only at the end")
+    save_every: int = setting(
+        250, "steps between checkpoints, at most a quarter of the run; 0: only at the end"
+    )
     keep: int = setting(2, "newest checkpoints to keep, beside the best by validation loss")
     report_to: Literal["none", "tensorboard", "wandb"] = setting(
         "none", "also log to TensorBoard or Weights & Biases (to be installed by you)"

@@ -53,7 +53,7 @@ class RunLog:
 
     def __init__(self, output_dir, report_to: str, run_settings: dict):
         self.path = pathlib.Path(output_dir) / LOG_FILE
-        self.reporter = make_reporter(report_to, output_dir, run_settings)
+        self.report, self.close = make_reporter(report_to, output_dir, run_settings)
 
     def forget_after(self, step: int) -> None:
         """Drop the rows after a step, and a row that a kill left half written."""
@@ -77,7 +77,7 @@ class RunLog:
     def write(self, row: dict) -> None:
         with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        self.reporter(row)
+        self.report(row)
 
 
 @contextlib.contextmanager
@@ -106,9 +106,9 @@ def read_log(path) -> list[dict]:
 
 
 def make_reporter(name: str, output_dir, run_settings: dict):
-    """A function that takes each row of the log, for `--report_to`."""
+    """(what takes each row of the log, what ends it) for `--report_to`."""
     if name == "none":
-        return lambda row: None
+        return lambda row: None, lambda: None
     try:
         if name == "tensorboard":
             from tensorboardX import SummaryWriter
@@ -121,7 +121,7 @@ def make_reporter(name: str, output_dir, run_settings: dict):
                         writer.add_scalar(key, value, row["step"])
                 writer.flush()
 
-            return report
+            return report, writer.close
         import wandb
     except ImportError as error:
         package = {"tensorboard": "tensorboardX tensorboard", "wandb": "wandb"}[name]
@@ -130,9 +130,12 @@ def make_reporter(name: str, output_dir, run_settings: dict):
             f"  pip install {package}"
         ) from error
     run = wandb.init(dir=str(output_dir), config=run_settings, resume="allow")
-    return lambda row: run.log(
-        {key: value for key, value in row.items() if key != "step"}, step=row["step"]
-    )
+
+    def report(row):
+        values = {key: value for key, value in row.items() if key != "step"}
+        run.log(values, step=row["step"])
+
+    return report, run.finish
 
 
 class Meter:
@@ -253,6 +256,7 @@ class Progress:
     def __init__(self, total_steps: int, first_step: int):
         self.total, self.first = total_steps, first_step
         self.began = time.perf_counter()
+        self.compiled = False
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps,
@@ -263,6 +267,8 @@ class Progress:
         )
 
     def advance(self) -> None:
+        if not self.compiled:  # the first step's time says nothing of the others'
+            self.compiled, self.began, self.first = True, time.perf_counter(), self.first + 1
         self.bar.update()
 
     def show(self, step: int, loss: float, tokens_per_second: float | None) -> None:
@@ -270,9 +276,10 @@ class Progress:
         if self.is_terminal:
             self.bar.set_postfix_str(f"loss {loss:.3f}{speed}")
             return
-        passed = time.perf_counter() - self.began
-        left = passed / max(1, step - self.first) * (self.total - step)
-        self.say(f"step {step}/{self.total}  loss {loss:.4f}{speed}  {clock(left)} left")
+        n_steps = step - self.first
+        seconds_a_step = (time.perf_counter() - self.began) / n_steps if n_steps else None
+        left = f"  {clock(seconds_a_step * (self.total - step))} left" if n_steps else ""
+        self.say(f"step {step}/{self.total}  loss {loss:.4f}{speed}{left}")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""

@@ -62,6 +62,7 @@ def train(config: TrainConfig) -> int:
         # -------------------------------------------------------- restore
         state, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
         run_log = metrics.RunLog(output_dir, config.report_to, dataclasses.asdict(config))
+        cleanup.callback(run_log.close)
         run_log.forget_after(int(state.step))
         describe_run(run, config, train_rows, held_out, state)
 
@@ -249,6 +250,7 @@ class Run:
     micro_batches: int
     eval_batch: int
     total_steps: int
+    save_every: int
     row_limit: float
     slots: slice
     flops: float  # of one token
@@ -295,6 +297,7 @@ def build_run(config, model_config, rows, checkpoints) -> Run:
         micro_batches=global_batch // at_once,
         eval_batch=at_once,
         total_steps=total_steps,
+        save_every=min(config.save_every, max(1, total_steps // 4)),
         row_limit=row_limit,
         slots=slice(first, first + share),
         flops=metrics.flops_per_token(
@@ -448,7 +451,7 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
                 if held_out is not None and is_due(config.eval_every) and not stop.signal:
                     with contextlib.suppress(InterruptedEvaluationError):
                         validation_loss = evaluate_now()
-                if is_due(config.save_every) or stop.signal:
+                if is_due(run.save_every) or stop.signal:
                     save_now(validation_loss)
             if stop.signal:
                 break
@@ -458,7 +461,10 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
 
 
 def held_out_loss(run, config, params, held_out, n_rows, stop) -> tuple[float, int]:
-    """(mean loss on the first rows of the held-out text, targets counted). Raises InterruptedEvaluationError on a stop request."""
+    """(mean loss on the first rows of the held-out text, targets counted).
+
+    Raises InterruptedEvaluationError on a stop request.
+    """
     share = run.eval_batch // jax.process_count()
     first = jax.process_index() * share
     chunks = batches.evaluation_batches(

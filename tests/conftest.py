@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import tempfile
 
 # Before JAX starts. Tests never reach out: whoever needs a hub starts one.
 os.environ["XLA_FLAGS"] = (
@@ -19,6 +20,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same tiny programs: one directory for all of them, gone at the end.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Oracles are compared at full precision; on CPU this changes nothing.
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import random
 import re
+import tracemalloc
 import typing
 
 import pytest
@@ -202,6 +203,7 @@ def test_help_fits_a_terminal():
         (["--qqqq"], r"^unknown flag --qqqq\n  python scripts/train\.py --help lists them$"),
         (["stray.txt"], r"^unknown argument stray\.txt\n"),
         ([""], r"^unknown argument ''\n"),
+        (["--debug", "false"], r"^unknown argument false\n"),  # `run_main` sees the flag alone
         (["--x" + "y" * 9999], r"^unknown flag '--xyyy.*\.\.\.\n"),
         (["--n_layers"], r"^argument --n_layers: expected one argument\n.*--help"),
     ],
@@ -317,7 +319,12 @@ def test_a_file_that_cannot_be_read_is_named_with_a_remedy(make, match, tmp_path
 
 
 def test_an_endless_file_is_not_read_to_its_end():
-    assert "is too long for a configuration" in only_fault_of("--config", "/dev/zero")
+    tracemalloc.start()
+    try:
+        assert "is too long for a configuration" in only_fault_of("--config", "/dev/zero")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 # ---------------------------------------------------------------- faults: values

@@ -95,6 +95,11 @@ def test_a_resumed_run_drops_later_rows_and_a_torn_one(torn, tmp_path):
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+def test_rows_behind_a_torn_one_are_read(tmp_path):
+    (tmp_path / "log").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    assert [row["step"] for row in read_log(tmp_path / "log")] == [1, 2]
+
+
 def test_a_row_that_only_lacks_its_line_end_is_whole(tmp_path):
     log = open_log(tmp_path)
     log.path.write_text('{"step": 1}\n{"step": 2}')

@@ -91,7 +91,11 @@ def imported_with(statements):
 
 
 def test_settings_and_their_faults_need_no_jax():
-    modules = imported_with("import gpt2_flax, gpt2_flax.config, gpt2_flax.data.hub")
+    scripts = [str(path) for path in SOURCES if path.parent.name == "scripts"]
+    modules = imported_with(
+        "import gpt2_flax, gpt2_flax.config, gpt2_flax.data.hub, runpy\n"
+        f"for script in {scripts}: runpy.run_path(script)"
+    )
     assert "gpt2_flax.config" in modules
     assert modules.isdisjoint({"jax", "numpy", "flax", "transformers", "huggingface_hub"})
 

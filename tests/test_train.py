@@ -1,7 +1,6 @@
 """Runs from text to model, in this process: what they leave, and how they go on."""
 
 import json
-import pathlib
 import shutil
 import signal
 
@@ -18,11 +17,10 @@ from gpt2_flax.config import load_config
 from gpt2_flax.errors import CheckpointError, NumericsError, UserError
 from gpt2_flax.train import locked, train
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = [
     "--n_layers", "1", "--n_heads", "2", "--n_embd", "8", "--n_positions", "24",
     "--block_size", "16", "--batch_size", "1", "--tokenizer", "bytes", "--sample_tokens", "0",
-    "--max_steps", "12", "--log_every", "3", "--save_every", "4", "--eval_every", "6",
+    "--max_steps", "12", "--log_every", "3", "--eval_every", "6",
     "--learning_rate", "1e-2", "--dropout", "0.1",
 ]  # fmt: skip
 
@@ -55,15 +53,15 @@ def finished(run, tmp_path_factory):
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """Send this process a signal when a row of the log names a step."""
-    write = metrics.RunLog.write
+    """Send this process a signal right after a step of training."""
+    add = metrics.Meter.add
 
-    def write_and_stop(self, row):
-        write(self, row)
-        if row["step"] == step:
+    def add_and_stop(self, n, values):
+        add(self, n, values)
+        if n == step:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(metrics.RunLog, "write", write_and_stop)
+    monkeypatch.setattr(metrics.Meter, "add", add_and_stop)
 
 
 def learned(output_dir):
@@ -99,7 +97,7 @@ def test_a_run_leaves_what_its_contract_says(finished):
     }  # fmt: skip
     assert not [name for name in names if "tmp" in name]
     steps = {path.name for path in (finished / "checkpoints").iterdir()}
-    assert steps == {"8", "12"}
+    assert steps == {"9", "12"}
     assert {p.name for p in (finished / "checkpoints" / "12").iterdir()} >= {"state", "meta"}
     rows = metrics.read_log(finished / "metrics.jsonl")
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
@@ -127,7 +125,7 @@ def test_pytorch_opens_the_run_with_our_weights_bitwise(finished):
     np.testing.assert_allclose(ours, oracle(torch.tensor(ids)).logits.detach(), atol=1e-5)
 
 
-@pytest.mark.parametrize("stops", [(3,), (6, 9)], ids=["once", "twice"])
+@pytest.mark.parametrize("stops", [(4,), (5, 6)], ids=["once", "twice"])
 def test_a_stopped_run_goes_on_bitwise(run, finished, tmp_path, monkeypatch, stops):
     """Stopped off the saving steps and inside a window of the log; dropout on."""
     output_dir = tmp_path / "run"
@@ -136,7 +134,7 @@ def test_a_stopped_run_goes_on_bitwise(run, finished, tmp_path, monkeypatch, sto
             stop_at(patch, step)
             assert run(output_dir) == 143
         saved = max(int(path.name) for path in (output_dir / "checkpoints").iterdir())
-        assert saved >= step
+        assert saved == step
     assert run(output_dir) == 0
     assert_same_run(output_dir, finished)
 
@@ -152,7 +150,7 @@ def test_a_run_that_lost_its_newest_steps_does_them_again_bitwise(run, finished,
         log.write('{"step": 15, "train_l')
     assert run(output_dir) == 0
     assert_same_run(output_dir, finished)
-    assert {path.name for path in (output_dir / "checkpoints").iterdir()} == {"8", "12"}
+    assert {path.name for path in (output_dir / "checkpoints").iterdir()} == {"9", "12"}
 
 
 def test_a_finished_run_only_writes_its_model_again(run, finished, tmp_path, capsys):
@@ -170,7 +168,7 @@ def test_a_stream_learns_and_goes_on_bitwise(run, tmp_path, monkeypatch):
     flags = ("--streaming", "--shuffle_window", "20", "--dropout", "0")
     assert run(tmp_path / "whole", *flags) == 0
     with monkeypatch.context() as patch:
-        stop_at(patch, 6)
+        stop_at(patch, 7)
         assert run(tmp_path / "parts", *flags) == 143
     assert run(tmp_path / "parts", *flags) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
@@ -198,11 +196,9 @@ def test_accumulation_makes_up_the_same_steps(run, finished, tmp_path):
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_training_can_begin_from_a_model(run, finished, tmp_path):
+def test_training_can_begin_from_a_model(finished, text, tmp_path):
     flags = [*TINY[8:], "--init_from", str(finished), "--learning_rate", "1e-9"]
-    config = load_config(
-        [*flags, "--train_file", str(ROOT / "README.md"), "--output_dir", str(tmp_path)]
-    )
+    config = load_config([*flags, "--train_file", str(text), "--output_dir", str(tmp_path)])
     assert train(config) == 0
     began, ended = (FlaxGPT2LMHeadModel.from_pretrained(path) for path in (finished, tmp_path))
     for a, b in zip(jax.tree.leaves(began.params), jax.tree.leaves(ended.params), strict=True):
@@ -259,11 +255,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(run, tmp_path):
     with pytest.raises(NumericsError, match=r"step \d+: the loss is (nan|inf)"):
         run(tmp_path, "--learning_rate", "1e38", "--grad_clip", "0", "--warmup_steps", "0")
     steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
-    assert all(step < 4 for step in steps)
+    assert all(step < 3 for step in steps)
 
 
 def test_any_checkpoint_converts_for_pytorch(finished, tmp_path):
-    for step, name in ((8, "by_step"), (None, "newest")):
+    for step, name in ((9, "by_step"), (None, "newest")):
         convert.to_pytorch(finished, tmp_path / name, step)
         transformers.GPT2LMHeadModel.from_pretrained(tmp_path / name)
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / name).eos_token_id == 256
@@ -274,5 +270,5 @@ def test_any_checkpoint_converts_for_pytorch(finished, tmp_path):
     assert settings == json.loads((finished / "config.json").read_text())
     with pytest.raises(UserError, match="holds a model already"):
         convert.to_pytorch(finished, tmp_path / "newest")
-    with pytest.raises(UserError, match="has no step 7; it has 8, 12"):
+    with pytest.raises(UserError, match="has no step 7; it has 9, 12"):
         convert.to_pytorch(finished, tmp_path / "x", 7)
