@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -105,37 +106,46 @@ def read_log(path) -> list[dict]:
     return rows
 
 
+REPORTERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+def check_reporter(name: str) -> None:
+    """Raise UserError where the package behind `--report_to` is missing."""
+    package = REPORTERS.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"--report_to {name} needs a package that is not installed: {package}\n"
+            f"  pip install {package}{' tensorboard' if name == 'tensorboard' else ''}"
+        )
+
+
 def make_reporter(name: str, output_dir, run_settings: dict):
     """(what takes each row of the log, what ends it) for `--report_to`."""
-    if name == "none":
-        return lambda row: None, lambda: None
-    try:
-        if name == "tensorboard":
-            from tensorboardX import SummaryWriter
+    if name == "tensorboard":
+        from tensorboardX import SummaryWriter
 
-            writer = SummaryWriter(str(output_dir))
+        writer = SummaryWriter(str(output_dir))
 
-            def report(row):
-                for key, value in row.items():
-                    if key != "step" and value is not None:
-                        writer.add_scalar(key, value, row["step"])
-                writer.flush()
+        def report(row):
+            for key, value in row.items():
+                if key != "step" and value is not None:
+                    writer.add_scalar(key, value, row["step"])
+            writer.flush()
 
-            return report, writer.close
+        return report, writer.close
+
+    if name == "wandb":
         import wandb
-    except ImportError as error:
-        package = {"tensorboard": "tensorboardX tensorboard", "wandb": "wandb"}[name]
-        raise UserError(
-            f"--report_to {name} needs a package that is not installed: {error.name}\n"
-            f"  pip install {package}"
-        ) from error
-    run = wandb.init(dir=str(output_dir), config=run_settings, resume="allow")
 
-    def report(row):
-        values = {key: value for key, value in row.items() if key != "step"}
-        run.log(values, step=row["step"])
+        run = wandb.init(dir=str(output_dir), config=run_settings, resume="allow")
 
-    return report, run.finish
+        def report(row):
+            values = {key: value for key, value in row.items() if key != "step"}
+            run.log(values, step=row["step"])
+
+        return report, run.finish
+
+    return lambda row: None, lambda: None
 
 
 class Meter:

@@ -59,6 +59,7 @@ def make_optimizer(
 def scale_by_muon(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
     """Muon for the matrices inside the blocks, Adam for embeddings, head, scales and biases.
 
+    Both look ahead along the momentum (Nesterov), as optax's Muon does by default.
     Muon's updates are given Adam's usual size, so that one learning rate serves both
     (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
     """

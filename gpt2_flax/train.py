@@ -41,16 +41,18 @@ def train(config: TrainConfig) -> int:
 
     # ------------------------------------------------------------ check
     with contextlib.ExitStack() as cleanup:
-        if output_dir.is_dir():
+        holds_a_run = (output_dir / SETTINGS_FILE).is_file()
+        if holds_a_run:
             cleanup.enter_context(locked(output_dir))
         continuing = check_output_dir(config, output_dir)
+        metrics.check_reporter(config.report_to)
         train_source, held_out_source = sources.open_sources(config)
         tokenizer = open_tokenizer(config, output_dir, train_source, continuing)
         train_rows, held_out = open_rows(config, tokenizer, train_source, held_out_source)
         model_config, given_params = choose_model(config, tokenizer)
 
         # -------------------------------------------------------- build
-        if not output_dir.is_dir():
+        if not holds_a_run:
             make_directory(output_dir)
             cleanup.enter_context(locked(output_dir))
         if not continuing:
@@ -143,7 +145,7 @@ def locked(output_dir: pathlib.Path):
 
 def make_directory(output_dir: pathlib.Path) -> None:
     try:
-        output_dir.mkdir(parents=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make output_dir {output_dir}: {error.strerror}") from error
 
@@ -166,7 +168,9 @@ def open_rows(config, tokenizer, train_source, held_out_source):
             train_source, tokenizer, config.add_eos, config.block_size, config.seed,
             config.shuffle, config.shuffle_window,
         )  # fmt: skip
-        if not config.max_steps:
+        if config.max_steps:
+            rows.require_one()
+        else:
             rows.measure()
     else:
         tokens = batches.token_file(train_source, tokenizer, config.add_eos, folder)
@@ -494,9 +498,11 @@ def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
         metrics.plot_losses(rows, output_dir / metrics.PLOT_FILE)
     except OSError as error:
         raise StorageError(f"cannot write the model into {output_dir}: {error}") from error
-    if config.sample_tokens:
+    room = run.model_config.n_positions - max(1, len(tokenizer.encode(config.sample_prompt)))
+    n_new = min(config.sample_tokens, room)
+    if n_new > 0:
         text = generation.continue_text(
-            run.module, params, tokenizer, config.sample_prompt, config.sample_tokens,
+            run.module, params, tokenizer, config.sample_prompt, n_new,
             temperature=0.8, top_k=40, top_p=1.0, seed=config.seed,
         )  # fmt: skip
         print(f"\n--- a sample ---\n{text}\n----------------\n")

@@ -141,15 +141,24 @@ def test_rows_go_to_tensorboard(tmp_path, monkeypatch):
         def flush(self):
             written.append("flushed")
 
+        def close(self):
+            written.append("closed")
+
     module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    open_log(tmp_path, report_to="tensorboard").write({"step": 7, "train_loss": 2.5, "mfu": None})
+    log = open_log(tmp_path, report_to="tensorboard")
+    log.write({"step": 7, "train_loss": 2.5, "mfu": None})
     assert written == [str(tmp_path), ("train_loss", 2.5, 7), "flushed"]
+    log.close()
+    assert written[-1] == "closed"
 
 
 def test_rows_go_to_wandb(tmp_path, monkeypatch):
     logged = []
-    run = types.SimpleNamespace(log=lambda values, step: logged.append((values, step)))
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((values, step)),
+        finish=lambda: logged.append("finished"),
+    )
     started = []
     module = types.SimpleNamespace(init=lambda **options: started.append(options) or run)
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -157,6 +166,8 @@ def test_rows_go_to_wandb(tmp_path, monkeypatch):
     log.write({"step": 7, "train_loss": 2.5})
     assert started == [{"dir": str(tmp_path), "config": {"seed": 3}, "resume": "allow"}]
     assert logged == [({"train_loss": 2.5}, 7)]
+    log.close()
+    assert logged[-1] == "finished"
 
 
 @pytest.mark.parametrize(
@@ -166,10 +177,11 @@ def test_rows_go_to_wandb(tmp_path, monkeypatch):
         ("wandb", "wandb", "pip install wandb"),
     ],
 )
-def test_a_reporter_that_is_not_installed_is_named(name, module, command, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
+def test_a_reporter_that_is_not_installed_is_named(name, module, command, monkeypatch):
+    metrics.check_reporter("none")
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda found: None)
     with pytest.raises(UserError, match=rf"--report_to {name} needs .*{module}\n  {command}$"):
-        open_log(tmp_path, report_to=name)
+        metrics.check_reporter(name)
 
 
 # ---------------------------------------------------------------- Meter
@@ -365,7 +377,7 @@ def test_away_from_a_terminal_progress_is_a_line_a_log_point(clock, capsys):
     out, err = capsys.readouterr()
     assert out == ""  # that is for the sample and the closing words
     assert err.splitlines() == [
-        "step 300/1000  loss 3.1416  12,346 tok/s  5:50 left",  # 100 steps in 50 s; 700 to go
+        "step 300/1000  loss 3.1416  12,346 tok/s  5:54 left",  # 99 steps in 50 s; 700 to go
         "step 1000/1000  loss 2.0000  0:00 left",
         "step 300: validation loss 3.2",
     ]

@@ -186,6 +186,16 @@ class StreamedRows:
                 bar.update(start - bar.n)
         self.set_count(n_ids)
 
+    def require_one(self) -> None:
+        """Raise UserError for a text that has not one row; reads no further than that."""
+        n_ids = 0
+        for ids, _ in encode(self.source, self.tokenizer, self.add_eos):
+            n_ids += len(ids)
+            if n_ids > self.block_size:
+                return
+        self.set_count(n_ids)
+        check_length(self, self.source.name)
+
     def set_count(self, n_ids: int) -> None:
         self.count = max(0, (n_ids - 1) // self.block_size)
         self.remainder = n_ids - 1 - self.count * self.block_size
