@@ -233,7 +233,8 @@ class Meter:
         assert self.waiting is None
         self.window = fetch(self.window)
         seconds = time.perf_counter() - self.began + self.seconds_before
-        return {"tokens": self.tokens, "seconds": seconds, "window": self.window}
+        # A copy: it is written by a thread while this window goes on growing.
+        return {"tokens": self.tokens, "seconds": seconds, "window": list(self.window)}
 
     def tokens_now(self) -> int:
         """Tokens trained on, those of the open window included. Call `flush` first."""

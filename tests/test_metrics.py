@@ -455,3 +455,14 @@ def test_the_curves_show_every_loss_over_tokens(tmp_path, monkeypatch):
 def test_curves_that_cannot_be_written_are_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match=r"cannot write .*loss\.png: No such file"):
         plot_losses(ROWS, tmp_path / "missing" / "loss.png")
+
+
+def test_a_snapshot_stays_as_it_was_while_training_goes_on():
+    """A checkpoint's thread turns it into JSON after the next steps have begun."""
+    meter = make_meter()
+    values = {"loss_sum": jax.numpy.float32(3), "tokens": 2.0, "grad_norm": 1.0}
+    meter.add(1, values)
+    snapshot = meter.snapshot()
+    meter.add(2, values)
+    assert snapshot["window"] == [(1, 3.0, 2.0, 1.0)]
+    json.dumps(snapshot)
