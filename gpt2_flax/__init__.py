@@ -1,5 +1,10 @@
 """GPT-2 in JAX: the Flax model class, a trainer, checkpoints that open in PyTorch."""
 
+import os
+
+# transformers would advise to install PyTorch, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 __version__ = "0.1.0"
 __all__ = ["FlaxGPT2LMHeadModel"]
 
