@@ -1,7 +1,7 @@
 """Checkpoints of a run: Orbax on disk, which of them to keep, which one to continue from.
 
-A checkpoint has two items: `state`, the arrays, and `meta`, a JSON object (data cursor,
-settings, model configuration, metrics not yet logged).
+A checkpoint has two items: `state`, the arrays, and `meta`, a JSON object (data cursor, settings,
+model configuration, fingerprints of text and tokenizer, metrics not yet logged).
 """
 
 import logging
@@ -42,9 +42,10 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             create=True,
         )
-        self.manager = ocp.CheckpointManager(
-            self.folder, options=options, item_names=("state", "meta")
-        )
+        with storage_errors(self.folder):
+            self.manager = ocp.CheckpointManager(
+                self.folder, options=options, item_names=("state", "meta")
+            )
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -71,16 +72,17 @@ class Checkpoints:
             self.manager.check_for_errors()
 
     def close(self) -> None:
-        self.manager.close()
+        with storage_errors(self.folder):
+            self.manager.close()
 
     def restore_latest(self, like):
         """(state, meta) of the newest checkpoint that can be read, on the devices of `like`.
 
         like: a tree of ShapeDtypeStruct with shardings. An unreadable checkpoint is moved
-        aside with a warning. None without any checkpoint; CheckpointError where there are
-        some and none can be read.
+        aside, with a warning, once an older one has been read. None without any checkpoint;
+        CheckpointError where there are some and none can be read: then nothing is moved.
         """
-        steps = self.steps()
+        steps, unreadable = self.steps(), []
         for step in reversed(steps):
             items = ocp.args.Composite(
                 state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore()
@@ -89,15 +91,17 @@ class Checkpoints:
                 restored = self.manager.restore(step, args=items)
             except Exception as error:  # Orbax and TensorStore raise whatever they please
                 reason = str(error).strip().split("\n")[0][:200]
-                log.warning("checkpoint %s cannot be read and is set aside: %s", step, reason)
-                self.set_aside(step)
+                unreadable.append((step, reason))
                 continue
+            for damaged, reason in unreadable:
+                log.warning("checkpoint %s cannot be read and is set aside: %s", damaged, reason)
+                self.set_aside(damaged)
             return restored["state"], restored["meta"]
-        if steps:
+        if unreadable:
+            step, reason = unreadable[0]
             raise CheckpointError(
-                f"none of the checkpoints in {self.folder} can be read; they are set aside there"
-                " as STEP.unreadable\n  restore the folder from a copy, or start anew with"
-                " another --output_dir"
+                f"none of the checkpoints in {self.folder} can be read; {step}: {reason}\n"
+                "  restore the folder from a copy, or start anew with another --output_dir"
             )
         return None
 
@@ -153,10 +157,12 @@ def free_bytes(folder: pathlib.Path) -> int:
 def locate(path, step: int | None) -> pathlib.Path:
     """The directory of one checkpoint: of a run directory, its checkpoints/ or the step itself.
 
-    step: which; None for the newest. Raises UserError that lists the steps there are.
+    step: which; None for the newest. Raises CheckpointError that lists the steps there are.
     """
     path = pathlib.Path(path).absolute()
     if path.name.isdigit() and (path / "state").is_dir():
+        if step not in (None, int(path.name)):
+            raise UserError(f"{path} is step {path.name}, not {step}\n  name one of the two")
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     found = sorted(
@@ -165,9 +171,11 @@ def locate(path, step: int | None) -> pathlib.Path:
         if child.name.isdigit() and (child / "state").is_dir()
     )
     if not found:
-        raise UserError(f"{path} holds no checkpoint\n  name a run directory or one of its steps")
+        raise CheckpointError(
+            f"{path} holds no checkpoint\n  name a run directory or one of its steps"
+        )
     if step is not None and step not in found:
-        raise UserError(f"{folder} has no step {step}; it has {', '.join(map(str, found))}")
+        raise CheckpointError(f"{folder} has no step {step}; it has {', '.join(map(str, found))}")
     return folder / str(found[-1] if step is None else step)
 
 

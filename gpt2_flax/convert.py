@@ -6,7 +6,7 @@ import jax
 
 from gpt2_flax import checkpoint
 from gpt2_flax.data import tokenizers
-from gpt2_flax.errors import StorageError, UserError
+from gpt2_flax.errors import CheckpointError, StorageError, UserError
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel, make_config, param_shapes
 from gpt2_flax.weights import WEIGHTS_FILE
 
@@ -15,7 +15,8 @@ def to_pytorch(source, output, step: int | None = None) -> int:
     """Write the model of a checkpoint, and the run's tokenizer, into `output`.
 
     source: a run directory, its checkpoints/, or one step of it. Returns the step.
-    Raises UserError where there is no such checkpoint, or `output` holds another model.
+    Raises CheckpointError where there is no such checkpoint, UserError where `output` holds
+    another model.
     """
     directory = checkpoint.locate(source, step)
     output = pathlib.Path(output)
@@ -28,7 +29,7 @@ def to_pytorch(source, output, step: int | None = None) -> int:
         raise
     except Exception as error:  # Orbax and TensorStore raise whatever they please
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"checkpoint {directory} cannot be read: {reason}") from error
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {reason}") from error
     run_dir = directory.parent.parent
     try:
         output.mkdir(parents=True, exist_ok=True)

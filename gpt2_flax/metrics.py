@@ -255,8 +255,8 @@ def fetch(window: list[tuple]) -> list[tuple]:
             raise NumericsError(
                 f"step {step}: the loss is {loss_sum / tokens} and the gradient's norm"
                 f" {grad_norm}; nothing of it was saved\n"
-                "  lower --learning_rate or --grad_clip, lengthen --warmup_steps, or use --dtype"
-                " float32; the same command then goes on from the last checkpoint"
+                "  in another --output_dir, lower --learning_rate or --grad_clip, lengthen"
+                " --warmup_steps, or use --dtype float32"
             )
     return window
 
@@ -293,11 +293,12 @@ class Progress:
         self.say(f"step {step}/{self.total}  loss {loss:.4f}{speed}{left}")
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        if self.is_terminal:
-            self.bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        """Print a line above the bar. Training outlives whoever reads it (`2>&1 | tee log`)."""
+        with contextlib.suppress(BrokenPipeError):
+            if self.is_terminal:
+                self.bar.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.bar.close()

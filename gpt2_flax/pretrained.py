@@ -86,14 +86,16 @@ class FlaxGPT2LMHeadModel:
         Raises UserError where the directory holds none, or the two do not fit.
         """
         directory = pathlib.Path(directory)
-        config = read_config(directory)
         path = directory / weights.WEIGHTS_FILE
-        if not path.is_file():
+        if (directory / "checkpoints").is_dir() and not path.is_file():
             raise UserError(
-                f"{directory} has no {weights.WEIGHTS_FILE}\n"
-                "  of a run that has not ended, make one: python scripts/convert.py to_pytorch"
+                f"{directory} is a run that has not ended: it has no {weights.WEIGHTS_FILE}\n"
+                "  end it, or convert a checkpoint: python scripts/convert.py to_pytorch"
                 f" --checkpoint {directory} --output DIR"
             )
+        config = read_config(directory)
+        if not path.is_file():
+            raise UserError(f"{directory} has no {weights.WEIGHTS_FILE}")
         try:
             params = weights.load_pytorch(directory, param_shapes(config))
         except ValueError as error:
@@ -143,6 +145,8 @@ def read_config(directory: pathlib.Path) -> transformers.GPT2Config:
 
 def make_config(raw: dict, where: str) -> transformers.GPT2Config:
     """A GPT2Config from a plain dictionary; keys that are not GPT-2's are left out."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} is not a JSON object but a {type(raw).__name__}")
     model_type = raw.get("model_type", "gpt2")
     if model_type != "gpt2":
         raise UserError(f"{where} is for model_type {model_type!r}; this package reads gpt2")

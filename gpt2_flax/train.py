@@ -27,7 +27,9 @@ from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 
 SETTINGS_FILE = "config.yaml"
 # A directory that holds one of these and no settings of ours is somebody's own.
-FOREIGN_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+FOREIGN_FILES = (
+    "config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "metrics.jsonl"
+)  # fmt: skip
 log = logging.getLogger("gpt2_flax")
 
 
@@ -55,6 +57,7 @@ def train(config: TrainConfig) -> int:
         if not holds_a_run:
             make_directory(output_dir)
             cleanup.enter_context(locked(output_dir))
+            check_still_new(output_dir)
         if not continuing:
             save_settings(config, tokenizer, output_dir)
         checkpoints = checkpoint.Checkpoints(output_dir, config.keep)
@@ -72,7 +75,6 @@ def train(config: TrainConfig) -> int:
         state, stopped_by = loop(
             run, config, state, meta, train_rows, held_out, checkpoints, run_log
         )
-        checkpoints.wait()
         if stopped_by is not None:
             say(f"saved step {int(state.step)}; the same command goes on from there")
             return 128 + stopped_by
@@ -108,8 +110,9 @@ def check_output_dir(config: TrainConfig, output_dir: pathlib.Path) -> bool:
         )
     try:
         saved = yaml.safe_load(settings.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{settings} cannot be read: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{settings} cannot be read: {reason}") from error
     differing = differing_keys(config, saved if isinstance(saved, dict) else {})
     if differing:
         listed = ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in differing.items())
@@ -118,6 +121,15 @@ def check_output_dir(config: TrainConfig, output_dir: pathlib.Path) -> bool:
             "  choose another --output_dir, or repeat the run's settings to continue it"
         )
     return True
+
+
+def check_still_new(output_dir: pathlib.Path) -> None:
+    """Raise UserError where another process began a run here while this one read its text."""
+    if (output_dir / SETTINGS_FILE).exists():
+        raise UserError(
+            f"output_dir {output_dir} now holds a run that another process began\n"
+            "  run the same command again to continue it, or choose another --output_dir"
+        )
 
 
 @contextlib.contextmanager
@@ -343,6 +355,13 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
     data = {"text": rows.fingerprint, "tokenizer": tokenizer.fingerprint}
     if restored is not None:
         state, meta = restored
+        if state["step"] > run.total_steps:
+            raise UserError(
+                f"the run in {config.output_dir} is at step {int(state['step'])} already, past"
+                f" the {run.total_steps} that are asked for\n"
+                "  raise --max_steps or --epochs; any of its checkpoints can be converted:"
+                " scripts/convert.py"
+            )
         for what, fingerprint in data.items():
             if meta["data"][what] != fingerprint:
                 raise UserError(
@@ -356,6 +375,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         "global_batch": run.global_batch,
         "data": data,
         "model": run.model_config.to_dict(),
+        "settings": yaml.safe_load(dump_yaml(config)),
         "cursor": rows.start,
         "tokens": 0,
         "seconds": 0.0,
@@ -386,7 +406,8 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             os._exit(130)
         self.signal = number
-        os.write(2, b"\nstopping: the step is finished and saved first\n")
+        with contextlib.suppress(OSError):  # Ctrl-C also ends the `tee` that reads this
+            os.write(2, b"\nstopping: the step is finished and saved first\n")
 
 
 class InterruptedEvaluationError(Exception):
@@ -412,7 +433,7 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
         if row is not None:
             report(row)
         # A trial of a few steps is not to be followed by an evaluation longer than itself.
-        n_rows = config.eval_rows or (n - evaluated) * run.global_batch
+        n_rows = config.eval_rows or min(n, config.eval_every or n) * run.global_batch
         loss, n_tokens = held_out_loss(run, config, state.params, held_out, n_rows, stop)
         perplexity = evaluate.perplexity(loss)
         row = run_log.take(n) or {"step": n, "tokens": meter.tokens_now()}
@@ -460,6 +481,7 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
             if stop.signal:
                 break
         report(meter.flush())
+        checkpoints.wait()  # here, where a second SIGTERM cannot end it half written
     stopped_early = n < run.total_steps or (held_out is not None and evaluated < n)
     return state, stop.signal if stopped_early else None
 
@@ -494,6 +516,7 @@ def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
     params = jax.device_get(state.params)
     try:
         FlaxGPT2LMHeadModel(run.model_config, params=params).save_pretrained(output_dir)
+        tokenizer.save(output_dir)
         rows = metrics.read_log(run_log.path)
         metrics.plot_losses(rows, output_dir / metrics.PLOT_FILE)
     except OSError as error:
@@ -507,10 +530,11 @@ def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
         )  # fmt: skip
         print(f"\n--- a sample ---\n{text}\n----------------\n")
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    tokens = f", {rows[-1]['tokens']:,} tokens" if rows else ""
     held_out = f"; validation loss {losses[-1]:.4f}" if losses else ""
     prompt = shlex.quote(config.sample_prompt or "Once")
     print(
-        f"done: {int(state.step):,} steps, {rows[-1]['tokens']:,} tokens{held_out}\n"
+        f"done: {int(state.step):,} steps{tokens}{held_out}\n"
         f"model:    {output_dir}  (PyTorch: GPT2LMHeadModel.from_pretrained('{output_dir}'))\n"
         f"curves:   {output_dir / metrics.PLOT_FILE}\n"
         f"generate: python scripts/generate.py --model {shlex.quote(str(output_dir))}"
@@ -538,8 +562,8 @@ def describe_run(run, config, rows, held_out, state) -> None:
         )
     per_step = run.global_batch * config.block_size
     say(
-        f"step: {run.global_batch} rows, {per_step:,} tokens ({jax.device_count()} devices x"
-        f" {config.batch_size} rows x {run.micro_batches}); {run.total_steps:,} steps"
+        f"step: {run.global_batch} rows, {per_step:,} tokens (devices {len(devices)} x rows"
+        f" {config.batch_size} x accumulated {run.micro_batches}); {run.total_steps:,} steps"
     )
     if int(state.step):
         say(f"continuing after step {int(state.step):,}")
@@ -548,7 +572,8 @@ def describe_run(run, config, rows, held_out, state) -> None:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:

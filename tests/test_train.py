@@ -230,6 +230,36 @@ def test_other_settings_are_refused_and_change_nothing(run, finished, tmp_path):
     assert {**after, lock: b""} == {**before, lock: b""}
 
 
+def test_fewer_steps_than_were_made_are_refused(run, finished, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    log = (output_dir / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="is at step 12 already, past the 8 that are asked for"):
+        run(output_dir, "--max_steps", "8")
+    assert (output_dir / "metrics.jsonl").read_text() == log
+
+
+def test_more_steps_extend_a_run(run, finished, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    assert run(output_dir, "--max_steps", "15") == 0
+    rows = metrics.read_log(output_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 6, 9, 12, 15]
+
+
+def test_a_stop_outlives_the_reader_of_its_words(run, tmp_path, monkeypatch):
+    """Ctrl-C in `train.py 2>&1 | tee log` also ends tee."""
+
+    def broken(*words):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("gpt2_flax.train.os.write", broken)
+    monkeypatch.setattr(metrics, "print", broken, raising=False)
+    stop_at(monkeypatch, 2, signal.SIGINT)
+    assert run(tmp_path) == 130
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
 def test_a_changed_text_is_refused(run, text, tmp_path):
     own = tmp_path / "text.txt"
     shutil.copy(text, own)
@@ -270,5 +300,5 @@ def test_any_checkpoint_converts_for_pytorch(finished, tmp_path):
     assert settings == json.loads((finished / "config.json").read_text())
     with pytest.raises(UserError, match="holds a model already"):
         convert.to_pytorch(finished, tmp_path / "newest")
-    with pytest.raises(UserError, match="has no step 7; it has 9, 12"):
+    with pytest.raises(CheckpointError, match="has no step 7; it has 9, 12"):
         convert.to_pytorch(finished, tmp_path / "x", 7)

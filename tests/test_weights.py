@@ -107,7 +107,10 @@ def test_a_directory_that_holds_no_model_is_named(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*config.json"):
         FlaxGPT2LMHeadModel.from_pretrained(tmp_path)
     tiny_config().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"has no model.safetensors\n.*scripts/convert.py"):
+    with pytest.raises(UserError, match=r"has no model.safetensors"):
+        FlaxGPT2LMHeadModel.from_pretrained(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"a run that has not ended.*\n.*scripts/convert.py"):
         FlaxGPT2LMHeadModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10" + bytes(30))
     with pytest.raises(UserError, match=r"model.safetensors is damaged"):
@@ -120,6 +123,7 @@ def test_a_directory_that_holds_no_model_is_named(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
+        ([], "is not a JSON object but a list"),
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"n_layer": "two"}, "names no GPT-2"),
         ({"n_embd": 100, "n_head": 12}, "n_embd=100 and n_head=12"),

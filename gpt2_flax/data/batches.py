@@ -156,7 +156,7 @@ class StoredRows:
             position = first + np.arange(size)[slots]
             real = position < limit
             ids = self.read(self.rows_at(np.where(real, position, first)))
-            first += size
+            first = min(first + size, limit)
             yield make_batch(ids, real, slots, size), {"rows": first}
 
 
