@@ -333,6 +333,8 @@ def keep_global_batch(saved: int, config: TrainConfig) -> int:
             f"the run's steps have {saved} rows; {devices} devices x batch_size"
             f" {config.batch_size} cannot make that up\n  {ways}"
         )
+    accumulated = saved // (devices * config.batch_size)
+    say(f"the run's steps have {saved} rows and keep them: grad_accum is {accumulated} here")
     return saved
 
 
