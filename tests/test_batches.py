@@ -148,7 +148,18 @@ def test_every_row_comes_once_an_epoch(make):
     assert [batch.slot_B.tolist() for batch, _ in batches] == [[*range(SIZE)]] * len(batches)
     lengths = np.concatenate([batch.length_B for batch, _ in batches]).tolist()
     assert lengths == [T] * (3 * EPOCH) + [0] * (-3 * EPOCH % SIZE)
-    assert [cursor["rows"] for _, cursor in batches] == [*range(SIZE, 3 * EPOCH + SIZE, SIZE)]
+    assert [cursor["rows"] for _, cursor in batches[:-1]] == [*range(SIZE, 3 * EPOCH, SIZE)]
+
+
+def test_a_run_that_is_given_more_epochs_goes_on_with_the_next_row():
+    """Padding of its last batch used up no row."""
+    rows = stored()
+    first = list(rows.batches(rows.start, SIZE, EPOCH, ALL))
+    assert first[-1][1] == {"rows": EPOCH}
+    assert (first[-1][0].length_B == 0).any()
+    more = list(rows.batches(first[-1][1], SIZE, 2 * EPOCH, ALL))
+    at_once = list(rows.batches(rows.start, SIZE, 2 * EPOCH, ALL))
+    assert row_numbers(first) + row_numbers(more) == row_numbers(at_once)
 
 
 @pytest.mark.parametrize("make", [stored, streamed], ids=["stored", "streamed"])
