@@ -68,7 +68,7 @@ def token_file(source, tokenizer, add_eos: bool, folder: pathlib.Path) -> TokenF
         except OSError as error:
             raise StorageError(
                 f"cannot write the token file {path}: {error.strerror}\n"
-                "  choose another place with --cache_dir, or use --streaming"
+                "  choose another place with --cache_dir, or make room there"
             ) from error
     ids = np.memmap(path, dtype, "r") if about["count"] else np.zeros(0, dtype)
     return TokenFile(ids, about["fingerprint"])
