@@ -450,7 +450,9 @@ def test_two_writers_of_one_token_file_do_not_meet(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match=r"(?s)^cannot write .*Not a dir.*--cache_dir, or use"):
+    with pytest.raises(
+        StorageError, match=r"(?s)^cannot write .*Not a dir.*--cache_dir, or make room"
+    ):
         token_file(Documents(*DOCUMENTS), Numbers(), True, tmp_path / "file" / "folder")
 
 
