@@ -6,13 +6,42 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
-__all__ = ["FlaxGPT2LMHeadModel"]
+# The names that transformers 4 had, by the room they are in.
+_ROOMS = {
+    "pretrained": (
+        "FlaxGPT2LMHeadModel",
+        "FlaxGPT2Model",
+        "FlaxGPT2PreTrainedModel",
+    ),
+    "model": ("FlaxGPT2LMHeadModule", "FlaxGPT2Module"),
+    "logits_processors": (
+        "FlaxForceTokensLogitsProcessor",
+        "FlaxForcedBOSTokenLogitsProcessor",
+        "FlaxForcedEOSTokenLogitsProcessor",
+        "FlaxLogitsProcessor",
+        "FlaxLogitsProcessorList",
+        "FlaxLogitsWarper",
+        "FlaxMinLengthLogitsProcessor",
+        "FlaxNoRepeatNGramLogitsProcessor",
+        "FlaxSuppressTokensAtBeginLogitsProcessor",
+        "FlaxSuppressTokensLogitsProcessor",
+        "FlaxTemperatureLogitsWarper",
+        "FlaxTopKLogitsWarper",
+        "FlaxTopPLogitsWarper",
+    ),
+}
+__all__ = sorted(name for names in _ROOMS.values() for name in names)
 
 
 def __getattr__(name: str):
     # Loaded on first use: gpt2_flax.config must not cost an import of JAX.
-    if name in __all__:
-        from gpt2_flax import pretrained
+    import importlib
 
-        return getattr(pretrained, name)
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(importlib.import_module(f"gpt2_flax.{room}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -4,6 +4,7 @@ A checkpoint has two items: `state`, the arrays, and `meta`, a JSON object (data
 model configuration, fingerprints of text and tokenizer, metrics not yet logged).
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -177,6 +178,18 @@ def locate(path, step: int | None) -> pathlib.Path:
     if step is not None and step not in found:
         raise CheckpointError(f"{folder} has no step {step}; it has {', '.join(map(str, found))}")
     return folder / str(found[-1] if step is None else step)
+
+
+@contextlib.contextmanager
+def read_errors(directory: pathlib.Path):
+    """Context that turns what reading a damaged checkpoint raises into a CheckpointError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise whatever they please
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {reason}") from error
 
 
 def read_params(directory: pathlib.Path, like) -> dict:

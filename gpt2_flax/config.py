@@ -35,7 +35,9 @@ class TrainConfig:
     n_embd: int = setting(768, "width of the residual stream")
     n_positions: int = setting(1024, "longest context the model has positions for, tokens")
     dropout: float = setting(0.1, "rate for embeddings, attention and residual branches")
-    init_from: str = setting("", "directory of a model to start from, instead of random weights")
+    init_from: str = setting(
+        "", "model to start from instead of random weights: a directory, a run or a hub id"
+    )
 
     # Text
     dataset: str = setting(

@@ -10,6 +10,14 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class MissingFileError(UserError, OSError):
+    """A directory, a file or a hub id that isn't there.
+
+    Also an OSError: that is what Hugging Face's own classes raise here, and what their
+    callers catch.
+    """
+
+
 class CheckpointError(UserError):
     """No checkpoint of the run can be used."""
 

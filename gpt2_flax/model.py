@@ -4,6 +4,11 @@ Shapes ride on the names of arrays:
     B rows   T positions fed in   K positions attended to   D n_embd   H heads
     C width of a head (D = H * C)   I width of the MLP   V vocabulary
 A kernel is (out, in), as in Hugging Face's Flax GPT-2: the transpose of PyTorch's Conv1D.
+
+`hf_flax_compat` gives the numerics of that class instead of PyTorch's, for whoever has to
+reproduce an old curve: every kernel starts with a standard deviation of 0.02, one mask of
+attention dropout serves all rows and heads, the settings scale_attn_weights and
+scale_attn_by_inverse_layer_idx are ignored, and softmax and logits are of the type `dtype`.
 """
 
 import functools
@@ -13,6 +18,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import LazyRng
+
+from gpt2_flax.outputs import (
+    FlaxBaseModelOutputWithPastAndCrossAttentions,
+    FlaxCausalLMOutputWithCrossAttentions,
+)
 
 Array = jax.Array
 Dtype = Any
@@ -55,16 +66,24 @@ ACTIVATIONS = {
 
 def check_config(config) -> None:
     """Raise ValueError for a GPT2Config that names no model; transformers 5 accepts such."""
+    for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(config, name)}")
+    for name in ("layer_norm_epsilon", "initializer_range"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be 0 or more, got {getattr(config, name)}")
+    if config.n_inner is not None and config.n_inner < 1:
+        raise ValueError(
+            f"n_inner must be at least 1, or None for 4 * n_embd, got {config.n_inner}"
+        )
     if config.n_embd % config.n_head:
         raise ValueError(
             f"n_embd must be divisible by n_head, got n_embd={config.n_embd}"
             f" and n_head={config.n_head}"
         )
-    for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.add_cross_attention:
-        raise ValueError("add_cross_attention is not built yet; set it to False")
     if config.activation_function not in ACTIVATIONS:
         raise ValueError(
             f"unknown activation_function {config.activation_function!r};"
@@ -117,11 +136,11 @@ class LayerNorm(nn.Module):
         return layer_norm(x_BxTxD, scale_1x1xD, bias_1x1xD, self.epsilon).astype(self.dtype)
 
 
-class Conv1D(nn.Module):
+class FlaxConv1D(nn.Module):
     """x @ kernel.T + bias; the kernel is (out, in)."""
 
     features: int
-    stddev: float
+    stddev: float = 0.02
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -134,59 +153,119 @@ class Conv1D(nn.Module):
         return product + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+def initial_std(config, hf_flax_compat: bool, residual: bool = False) -> float:
+    """Standard deviation of a kernel's first values; `residual`: of one that ends a branch.
+
+    GPT-2 scales the latter by 1 / sqrt(number of branches), so that their sum does not grow.
+    """
+    if hf_flax_compat:
+        return 0.02
+    return config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1.0)
+
+
 class Dropout(nn.Module):
     """Dropout whose mask is a function of (key, module, row id) alone.
 
     A row therefore meets the same mask on whatever device, and in whatever micro-batch, it is.
+    With `hf_flax_compat` the mask is drawn for the whole batch at once, as linen's Dropout does.
     """
 
     rate: float
+    hf_flax_compat: bool = False
 
     @nn.compact
     def __call__(self, x, row_ids_B, deterministic):
         if deterministic or self.rate == 0.0:
             return x
-        key = self.make_rng("dropout")
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids_B)
-        draw = functools.partial(jax.random.bernoulli, p=1.0 - self.rate, shape=x.shape[1:])
-        return jnp.where(jax.vmap(draw)(keys_B), x / (1.0 - self.rate), jnp.zeros_like(x))
+        if self.rate == 1.0:
+            return jnp.zeros_like(x)
+        key, keep_rate = self.make_rng("dropout"), 1.0 - self.rate
+        if self.hf_flax_compat:
+            keep = jax.random.bernoulli(key, keep_rate, x.shape)
+        else:
+            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids_B)
+            draw = functools.partial(jax.random.bernoulli, p=keep_rate, shape=x.shape[1:])
+            keep = jax.vmap(draw)(keys_B)
+        return jnp.where(keep, x / keep_rate, jnp.zeros_like(x))
 
 
-class Attention(nn.Module):
+class FlaxGPT2Attention(nn.Module):
+    """Attention of x to itself, causal and cached, or to the states of an encoder.
+
+    Returns (B, T, D) and the probabilities (B, H, T, K), after dropout.
+    """
+
     config: Any
-    layer: int
+    layer: int = 0
     dtype: Dtype = jnp.float32
+    is_cross_attention: bool = False
+    hf_flax_compat: bool = False
 
     @nn.compact  # for the cache's variables
-    def __call__(self, x_BxTxD, mask_BxK, row_ids_B, deterministic, init_cache):
-        config = self.config
+    def __call__(self, x_BxTxD, source_BxKxD, mask_BxK, row_ids_B, deterministic, init_cache):
         B, T, D = x_BxTxD.shape
-        H = config.n_head
-        std = config.initializer_range
-        qkv = Conv1D(3 * D, std, self.dtype, name="c_attn")(x_BxTxD).reshape(B, T, 3, H, D // H)
-        q_BxTxHxC, k_BxKxHxC, v_BxKxHxC = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        start = 0
-        if self.has_variable("cache", "cached_key") or init_cache:
-            start, k_BxKxHxC, v_BxKxHxC = self._append_to_cache(k_BxKxHxC, v_BxKxHxC)
-
-        positions_T, positions_K = start + jnp.arange(T), jnp.arange(k_BxKxHxC.shape[1])
-        allowed = positions_T[None, None, :, None] >= positions_K[None, None, None, :]
+        q_BxTxHxC, k_BxKxHxC, v_BxKxHxC = self._project(x_BxTxD, source_BxKxD)
+        allowed_BxHxTxK = None  # all
         if mask_BxK is not None:
-            allowed = allowed & mask_BxK[:, None, None, :].astype(bool)
+            allowed_BxHxTxK = mask_BxK[:, None, None, :].astype(bool)
+        if not self.is_cross_attention:
+            start = 0
+            if self.has_variable("cache", "cached_key") or init_cache:
+                start, k_BxKxHxC, v_BxKxHxC = self._append_to_cache(k_BxKxHxC, v_BxKxHxC)
+            positions_T, positions_K = start + jnp.arange(T), jnp.arange(k_BxKxHxC.shape[1])
+            causal = positions_T[None, None, :, None] >= positions_K[None, None, None, :]
+            allowed_BxHxTxK = causal if mask_BxK is None else causal & allowed_BxHxTxK
 
+        weigh = self._hf_flax_probabilities if self.hf_flax_compat else self._probabilities
+        probs_BxHxTxK = weigh(q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic)
+        mixed_BxTxHxC = jnp.einsum("BHTK,BKHC->BTHC", probs_BxHxTxK, v_BxKxHxC)
+        std = initial_std(self.config, self.hf_flax_compat, residual=True)
+        c_proj = FlaxConv1D(D, std, self.dtype, name="c_proj")
+        drop = Dropout(self.config.resid_pdrop, self.hf_flax_compat, name="resid_dropout")
+        out_BxTxD = drop(c_proj(mixed_BxTxHxC.reshape(B, T, D)), row_ids_B, deterministic)
+        return out_BxTxD, probs_BxHxTxK
+
+    def _project(self, x_BxTxD, source_BxKxD):
+        D, H = self.config.n_embd, self.config.n_head
+        std = initial_std(self.config, self.hf_flax_compat)
+
+        def heads(features, name, states):
+            out = FlaxConv1D(features, std, self.dtype, name=name)(states)
+            split = out.reshape(*out.shape[:2], features // D, H, D // H)
+            return (split[:, :, n] for n in range(features // D))
+
+        if not self.is_cross_attention:
+            return heads(3 * D, "c_attn", x_BxTxD)
+        return (*heads(D, "q_attn", x_BxTxD), *heads(2 * D, "c_attn", source_BxKxD))
+
+    def _probabilities(self, q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic):
+        """Softmax in float32, as PyTorch's eager attention has it."""
         scores_BxHxTxK = jnp.einsum(
             "BTHC,BKHC->BHTK", q_BxTxHxC, k_BxKxHxC, preferred_element_type=jnp.float32
         )
         scores_BxHxTxK = scores_BxHxTxK * self._scale()
-        lowest = jnp.finfo(jnp.float32).min
-        probs_BxHxTxK = jax.nn.softmax(jnp.where(allowed, scores_BxHxTxK, lowest), axis=-1)
-        probs_BxHxTxK = probs_BxHxTxK.astype(self.dtype)
-        attn_dropout = Dropout(config.attn_pdrop, name="attn_dropout")
-        probs_BxHxTxK = attn_dropout(probs_BxHxTxK, row_ids_B, deterministic)
-        mixed_BxTxHxC = jnp.einsum("BHTK,BKHC->BTHC", probs_BxHxTxK, v_BxKxHxC)
-        c_proj = Conv1D(D, std / math.sqrt(2 * config.n_layer), self.dtype, name="c_proj")
-        resid_dropout = Dropout(config.resid_pdrop, name="resid_dropout")
-        return resid_dropout(c_proj(mixed_BxTxHxC.reshape(B, T, D)), row_ids_B, deterministic)
+        if allowed_BxHxTxK is not None:
+            lowest = jnp.finfo(jnp.float32).min
+            scores_BxHxTxK = jnp.where(allowed_BxHxTxK, scores_BxHxTxK, lowest)
+        probs_BxHxTxK = jax.nn.softmax(scores_BxHxTxK, axis=-1).astype(self.dtype)
+        drop = Dropout(self.config.attn_pdrop, name="attn_dropout")
+        return drop(probs_BxHxTxK, row_ids_B, deterministic)
+
+    def _hf_flax_probabilities(self, q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, _, deterministic):
+        drops = not deterministic and self.config.attn_pdrop > 0.0
+        bias = None
+        if allowed_BxHxTxK is not None:
+            lowest = jnp.finfo(self.dtype).min
+            bias = jnp.where(allowed_BxHxTxK, 0.0, lowest).astype(self.dtype)
+        return nn.attention.dot_product_attention_weights(
+            q_BxTxHxC,
+            k_BxKxHxC,
+            bias=bias,
+            dropout_rng=self.make_rng("dropout") if drops else None,
+            dropout_rate=self.config.attn_pdrop,
+            deterministic=deterministic,
+            dtype=self.dtype,
+        )
 
     def _scale(self) -> float:
         config = self.config
@@ -212,120 +291,296 @@ class Attention(nn.Module):
         return start, cached_key.value, cached_value.value
 
 
-class MLP(nn.Module):
+class FlaxGPT2MLP(nn.Module):
     config: Any
     dtype: Dtype = jnp.float32
+    hf_flax_compat: bool = False
 
     def setup(self):
-        config = self.config
-        std = config.initializer_range
-        self.c_fc = Conv1D(config.n_inner or 4 * config.n_embd, std, self.dtype)
-        self.c_proj = Conv1D(config.n_embd, std / math.sqrt(2 * config.n_layer), self.dtype)
-        self.dropout = Dropout(config.resid_pdrop)
+        config, compat = self.config, self.hf_flax_compat
+        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+        self.c_fc = FlaxConv1D(inner, initial_std(config, compat), self.dtype)
+        self.c_proj = FlaxConv1D(
+            config.n_embd, initial_std(config, compat, residual=True), self.dtype
+        )
+        self.dropout = Dropout(config.resid_pdrop, compat)
 
     def __call__(self, x_BxTxD, row_ids_B, deterministic):
         hidden_BxTxI = ACTIVATIONS[self.config.activation_function](self.c_fc(x_BxTxD))
         return self.dropout(self.c_proj(hidden_BxTxI), row_ids_B, deterministic)
 
 
-class Block(nn.Module):
+class FlaxGPT2Block(nn.Module):
+    """One layer. Returns (B, T, D) and a tuple of the probabilities of its attentions."""
+
     config: Any
-    layer: int
+    layer: int = 0
     dtype: Dtype = jnp.float32
+    hf_flax_compat: bool = False
 
     def setup(self):
-        epsilon = self.config.layer_norm_epsilon
+        epsilon, compat = self.config.layer_norm_epsilon, self.hf_flax_compat
         self.ln_1 = LayerNorm(epsilon, self.dtype)
-        self.attn = Attention(self.config, self.layer, self.dtype)
+        self.attn = FlaxGPT2Attention(self.config, self.layer, self.dtype, False, compat)
+        if self.config.add_cross_attention:
+            self.ln_cross_attn = LayerNorm(epsilon, self.dtype)
+            self.crossattention = FlaxGPT2Attention(
+                self.config, self.layer, self.dtype, True, compat
+            )
         self.ln_2 = LayerNorm(epsilon, self.dtype)
-        self.mlp = MLP(self.config, self.dtype)
-
-    def __call__(self, x_BxTxD, mask_BxK, row_ids_B, deterministic, init_cache):
-        normed = self.ln_1(x_BxTxD)
-        x_BxTxD = x_BxTxD + self.attn(normed, mask_BxK, row_ids_B, deterministic, init_cache)
-        return x_BxTxD + self.mlp(self.ln_2(x_BxTxD), row_ids_B, deterministic)
-
-
-class Blocks(nn.Module):
-    config: Any
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x_BxTxD, *args):
-        for layer in range(self.config.n_layer):
-            x_BxTxD = Block(self.config, layer, self.dtype, name=str(layer))(x_BxTxD, *args)
-        return x_BxTxD
-
-
-class FlaxGPT2Module(nn.Module):
-    """GPT-2 without its head: ids -> states after the last LayerNorm."""
-
-    config: Any
-    dtype: Dtype = jnp.float32
-
-    def setup(self):
-        config = self.config
-        init = nn.initializers.normal(config.initializer_range)
-        self.wte = nn.Embed(config.vocab_size, config.n_embd, self.dtype, embedding_init=init)
-        self.wpe = nn.Embed(config.n_positions, config.n_embd, self.dtype, embedding_init=init)
-        self.dropout = Dropout(config.embd_pdrop)
-        self.h = Blocks(config, self.dtype)
-        self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype)
+        self.mlp = FlaxGPT2MLP(self.config, self.dtype, compat)
 
     def __call__(
-        self,
-        input_ids_BxT,
-        attention_mask_BxK=None,
-        position_ids_BxT=None,
-        deterministic=True,
-        init_cache=False,
-        row_ids_B=None,
-    ):
-        B, T = input_ids_BxT.shape
-        if position_ids_BxT is None:
-            position_ids_BxT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        if row_ids_B is None:
-            row_ids_B = jnp.arange(B)
-        x_BxTxD = self.wte(input_ids_BxT) + self.wpe(position_ids_BxT)
-        x_BxTxD = self.dropout(x_BxTxD, row_ids_B, deterministic)
-        x_BxTxD = self.h(x_BxTxD, attention_mask_BxK, row_ids_B, deterministic, init_cache)
-        return self.ln_f(x_BxTxD)
+        self, x_BxTxD, mask_BxK, encoder_BxKxD, encoder_mask_BxK, row_ids_B, deterministic,
+        init_cache,
+    ):  # fmt: skip
+        normed = self.ln_1(x_BxTxD)
+        mixed, probs = self.attn(normed, None, mask_BxK, row_ids_B, deterministic, init_cache)
+        x_BxTxD, probabilities = x_BxTxD + mixed, (probs,)
+        if encoder_BxKxD is not None:
+            mixed, probs = self.crossattention(
+                self.ln_cross_attn(x_BxTxD), encoder_BxKxD, encoder_mask_BxK, row_ids_B,
+                deterministic, False,
+            )  # fmt: skip
+            x_BxTxD, probabilities = x_BxTxD + mixed, (*probabilities, probs)
+        x_BxTxD = x_BxTxD + self.mlp(self.ln_2(x_BxTxD), row_ids_B, deterministic)
+        return x_BxTxD, probabilities
 
 
-class FlaxGPT2LMHeadModule(nn.Module):
-    """GPT-2 with its language-model head: ids -> float32 logits.
+class FlaxGPT2BlockCollection(nn.Module):
+    """All layers. Returns (B, T, D), the input of each layer, its probabilities.
 
-    A position may attend to those up to itself that `attention_mask` (B, K), 1 = real token,
-    leaves open; without a mask, to all of them. `row_ids` (B,) int32 name the rows for
-    dropout, needed with `deterministic=False` only. Out-of-range ids give NaN.
+    With gradient_checkpointing a layer's activations are computed again in the backward pass;
+    forward-mode derivatives are then not to be had.
     """
 
     config: Any
     dtype: Dtype = jnp.float32
+    hf_flax_compat: bool = False
+    gradient_checkpointing: bool = False
+
+    @nn.compact
+    def __call__(self, x_BxTxD, *args):
+        deterministic, init_cache = args[-2:]
+        keeps = init_cache or self.is_initializing() or "cache" in self.variables
+        inputs, probabilities = [], []
+        for layer in range(self.config.n_layer):
+            fields = self.config, layer, self.dtype, self.hf_flax_compat
+            inputs.append(x_BxTxD)
+            if self.gradient_checkpointing and not keeps:
+                run = recomputed(functools.partial(self._apply, fields, deterministic))
+                params, key = self._variables_of(layer, deterministic)
+                x_BxTxD, probs = run((params, key, x_BxTxD, *args[:-2]))
+            else:
+                x_BxTxD, probs = FlaxGPT2Block(*fields, name=str(layer))(x_BxTxD, *args)
+            probabilities.append(probs)
+        return x_BxTxD, inputs, probabilities
+
+    def _variables_of(self, layer: int, deterministic: bool):
+        """The parameters of a layer, and the randomness that it would have as a submodule."""
+        params = self.variables["params"][str(layer)]
+        if deterministic or not self.has_rng("dropout"):
+            return params, None
+        return params, LazyRng.create(self.scope.rngs["dropout"], str(layer))
+
+    @staticmethod
+    def _apply(fields, deterministic, inputs):
+        params, key, *args = inputs
+        block = FlaxGPT2Block(*fields, parent=None)
+        rngs = None if key is None else {"dropout": key}
+        return block.apply({"params": params}, *args, deterministic, False, rngs=rngs)
+
+
+def recomputed(function):
+    """`function` of one tree, evaluated once more for its gradient instead of remembered.
+
+    jax.checkpoint does this with optimization barriers, which XLA's CPU compiler removes before
+    it orders the program: all blocks are then recomputed early, and no memory is saved. Here
+    what is recomputed waits for the incoming gradient because it depends on it.
+    """
+
+    def forward(inputs):
+        return function(inputs), inputs
+
+    def backward(inputs, cotangents):
+        first = jax.tree.leaves(cotangents)[0].ravel()[0]
+        params, key, *arrays = inputs
+
+        def wait(array):  # unchanged, unless the gradient is NaN already
+            return jnp.where(first == first, array, jnp.zeros((), array.dtype))
+
+        _, pull_back = jax.vjp(function, (params, key, *jax.tree.map(wait, arrays)))
+        return pull_back(cotangents)
+
+    run = jax.custom_vjp(function)
+    run.defvjp(forward, backward)
+    return run
+
+
+class FlaxGPT2Module(nn.Module):
+    """GPT-2 without its head: ids -> states after the last LayerNorm.
+
+    See FlaxGPT2LMHeadModule for the arguments.
+    """
+
+    config: Any
+    dtype: Dtype = jnp.float32
+    hf_flax_compat: bool = False
+    gradient_checkpointing: bool = False
+
+    def setup(self):
+        config, compat = self.config, self.hf_flax_compat
+        init = nn.initializers.normal(config.initializer_range)
+        self.wte = nn.Embed(config.vocab_size, config.n_embd, self.dtype, embedding_init=init)
+        self.wpe = nn.Embed(config.n_positions, config.n_embd, self.dtype, embedding_init=init)
+        self.dropout = Dropout(config.embd_pdrop, compat)
+        self.h = FlaxGPT2BlockCollection(config, self.dtype, compat, self.gradient_checkpointing)
+        self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype)
+
+    def __call__(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        deterministic: bool = True,
+        init_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        row_ids=None,
+    ):
+        B, T = input_ids.shape
+        if position_ids is None:
+            position_ids = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
+        if row_ids is None:
+            row_ids = jnp.arange(B)
+        if self.config.add_cross_attention and self.is_initializing():
+            # Without it the parameters of cross-attention would not be made.
+            encoder_hidden_states = jnp.zeros((B, 1, self.config.n_embd))
+            encoder_attention_mask = None
+        elif encoder_hidden_states is not None and not self.config.add_cross_attention:
+            raise ValueError(
+                "encoder_hidden_states were given to a model without cross-attention;"
+                " build it with add_cross_attention=True in its configuration"
+            )
+        x_BxTxD = self.wte(input_ids) + self.wpe(position_ids)
+        x_BxTxD = self.dropout(x_BxTxD, row_ids, deterministic)
+        x_BxTxD, inputs, probabilities = self.h(
+            x_BxTxD, attention_mask, encoder_hidden_states, encoder_attention_mask, row_ids,
+            deterministic, init_cache,
+        )  # fmt: skip
+        x_BxTxD = self.ln_f(x_BxTxD)
+
+        crosses = output_attentions and encoder_hidden_states is not None
+        output = FlaxBaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=x_BxTxD,
+            hidden_states=(*inputs, x_BxTxD) if output_hidden_states else None,
+            attentions=tuple(probs[0] for probs in probabilities) if output_attentions else None,
+            cross_attentions=tuple(probs[1] for probs in probabilities) if crosses else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class FlaxGPT2LMHeadModule(nn.Module):
+    """GPT-2 with its language-model head: ids -> logits, float32 but for hf_flax_compat.
+
+    input_ids: int (B, T). attention_mask: (B, K), 1 or True for what may be attended to, by
+    positions at or after it; None for all. K is T, or the length of the cache if there is one.
+    position_ids: int (B, T), 0 to T - 1 by default. encoder_hidden_states: (B, S, D) for
+    cross-attention, with encoder_attention_mask (B, S). row_ids: (B,) int32, the rows' names
+    for dropout, used with deterministic=False only. Ids out of range give NaN.
+    Returns FlaxCausalLMOutputWithCrossAttentions, or with return_dict=False a tuple of its
+    fields that are not None. The order of the arguments is Hugging Face's.
+    """
+
+    config: Any
+    dtype: Dtype = jnp.float32
+    hf_flax_compat: bool = False
+    gradient_checkpointing: bool = False
+    last_logits_only: bool = False  # (B, 1, V), all that the prompt of `generate` needs
 
     def setup(self):
         config = self.config
-        self.transformer = FlaxGPT2Module(config, self.dtype)
+        self.transformer = FlaxGPT2Module(
+            config, self.dtype, self.hf_flax_compat, self.gradient_checkpointing
+        )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(
                 config.vocab_size,
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(config.initializer_range),
-                dot_general=_float32_dot,
+                dot_general=self._dot,
             )
 
-    def __call__(self, input_ids_BxT, *args, **kwargs):
-        x_BxTxD = self.transformer(input_ids_BxT, *args, **kwargs)
+    def __call__(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        deterministic: bool = True,
+        init_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        row_ids=None,
+    ):
+        states = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            deterministic,
+            init_cache,
+            output_attentions,
+            output_hidden_states,
+            row_ids=row_ids,
+        )
+        output = FlaxCausalLMOutputWithCrossAttentions(
+            logits=self._logits(states.last_hidden_state),
+            hidden_states=states.hidden_states,
+            attentions=states.attentions,
+            cross_attentions=states.cross_attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _logits(self, x_BxTxD):
+        if self.last_logits_only:
+            x_BxTxD = x_BxTxD[:, -1:]
         if not self.config.tie_word_embeddings:
             return self.lm_head(x_BxTxD)
         wte_VxD = self.transformer.wte.embedding.astype(self.dtype)
-        return _float32_dot(x_BxTxD, wte_VxD, (((2,), (1,)), ((), ())))
+        return self._dot(x_BxTxD, wte_VxD, (((2,), (1,)), ((), ())))
+
+    def _dot(self, x, y, dimension_numbers, precision=None, preferred_element_type=None):
+        """A product of `dtype` operands that is summed up, and returned, in float32."""
+        del preferred_element_type
+        wanted = None if self.hf_flax_compat else jnp.float32
+        return jax.lax.dot_general(
+            x, y, dimension_numbers, precision, preferred_element_type=wanted
+        )
 
 
-def _float32_dot(x, y, dimension_numbers, precision=None, preferred_element_type=None):
-    """A product of `dtype` operands that is summed up, and returned, in float32."""
-    del preferred_element_type
-    return jax.lax.dot_general(
-        x, y, dimension_numbers, precision, preferred_element_type=jnp.float32
-    )
+def empty_cache(config, batch_size: int, max_length: int, dtype, has_head: bool = True) -> dict:
+    """A cache for `max_length` positions of each row, in the modules' own shape; nothing is run.
+
+    In it, for each layer, cached_key and cached_value (B, max_length, H, C) of type `dtype`,
+    and cache_index, an int32 scalar: the positions filled so far, by all rows alike.
+    """
+    shape = (batch_size, max_length, config.n_head, config.n_embd // config.n_head)
+    blocks = {
+        str(layer): {
+            "attn": {
+                "cached_key": jnp.zeros(shape, dtype),
+                "cached_value": jnp.zeros(shape, dtype),
+                "cache_index": jnp.zeros((), jnp.int32),
+            }
+        }
+        for layer in range(config.n_layer)
+    }
+    return {"transformer": {"h": blocks}} if has_head else {"h": blocks}

@@ -35,14 +35,14 @@ def loss_sum(params, batch, key, model):
     key: of the step, for dropout; None for none.
     """
     inputs_BxT, targets_BxT = batch.ids_BxS[:, :-1], batch.ids_BxS[:, 1:]
-    logits_BxTxV = model.apply(
+    output = model.apply(
         {"params": params},
         inputs_BxT,
         deterministic=key is None,
-        row_ids_B=batch.slot_B,
+        row_ids=batch.slot_B,
         rngs=None if key is None else {"dropout": key},
     )
-    loss_BxT = optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, targets_BxT)
+    loss_BxT = optax.softmax_cross_entropy_with_integer_labels(output.logits, targets_BxT)
     counts_BxT = jnp.arange(inputs_BxT.shape[1])[None, :] < batch.length_B[:, None]
     return jnp.where(counts_BxT, loss_BxT, 0.0).sum(), counts_BxT.sum(dtype=jnp.float32)
 

@@ -23,6 +23,7 @@ from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml
 from gpt2_flax.data import batches, sources, tokenizers
 from gpt2_flax.errors import CheckpointError, StorageError, UserError
 from gpt2_flax.model import FlaxGPT2LMHeadModule
+from gpt2_flax.model_config import make_config
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 
 SETTINGS_FILE = "config.yaml"
@@ -51,7 +52,7 @@ def train(config: TrainConfig) -> int:
         train_source, held_out_source = sources.open_sources(config)
         tokenizer = open_tokenizer(config, output_dir, train_source, continuing)
         train_rows, held_out = open_rows(config, tokenizer, train_source, held_out_source)
-        model_config, given_params = choose_model(config, tokenizer)
+        model_config, given_params = choose_model(config, tokenizer, output_dir, continuing)
 
         # -------------------------------------------------------- build
         if not holds_a_run:
@@ -206,8 +207,8 @@ def token_cache() -> pathlib.Path:
     return pathlib.Path(HF_HOME) / "gpt2_flax"
 
 
-def choose_model(config: TrainConfig, tokenizer):
-    """(GPT2Config, parameters to start from or None)."""
+def choose_model(config: TrainConfig, tokenizer, output_dir, continuing):
+    """(GPT2Config, parameters to start from; None for random ones or a checkpoint's)."""
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     if not config.init_from:
         model_config = transformers.GPT2Config(
@@ -221,9 +222,36 @@ def choose_model(config: TrainConfig, tokenizer):
             **dropouts,
         )
         return model_config, None
-    pretrained = FlaxGPT2LMHeadModel.from_pretrained(config.init_from)
-    model_config = pretrained.config
+    # A run that goes on has its model in its checkpoints; the one it began from may be gone.
+    model_config, params = saved_config(output_dir) if continuing else None, None
+    if model_config is None:
+        model, given = FlaxGPT2LMHeadModel.from_pretrained(config.init_from, _do_init=False)
+        if model._missing_keys:
+            raise UserError(
+                f"the model in {config.init_from} lacks weights, {len(model._missing_keys)} in"
+                f" all: {'/'.join(min(model._missing_keys))}\n  is its config.json the right one?"
+            )
+        model_config, params = model.config, model.to_fp32(given)
+        types = {leaf.dtype.name for leaf in jax.tree.leaves(given)} - {"float32"}
+        if types:
+            say(f"{config.init_from}: {', '.join(types)} weights become float32 for training")
     model_config.update(dropouts)
+    check_given_model(config, model_config, tokenizer)
+    return model_config, params
+
+
+def saved_config(output_dir: pathlib.Path) -> transformers.GPT2Config | None:
+    """The model's configuration in the newest checkpoint of a run, if there is one."""
+    try:
+        directory = checkpoint.locate(output_dir, None)
+        return make_config(checkpoint.read_meta(directory)["model"], str(directory))
+    except Exception as error:  # Orbax and TensorStore raise whatever they please
+        log.debug("no configuration in a checkpoint: %s", error)
+        return None
+
+
+def check_given_model(config: TrainConfig, model_config, tokenizer) -> None:
+    """Raise UserError where the model to start from does not fit the other settings."""
     if tokenizer.vocab_size > model_config.vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model in"
@@ -235,7 +263,11 @@ def choose_model(config: TrainConfig, tokenizer):
             f"block_size {config.block_size} is over the {model_config.n_positions} positions of"
             f" the model in {config.init_from}\n  lower --block_size"
         )
-    return model_config, pretrained.params
+    if model_config.add_cross_attention:
+        raise UserError(
+            f"the model in {config.init_from} has cross-attention, which text alone cannot train\n"
+            "  start from a model without it (add_cross_attention false in its config.json)"
+        )
 
 
 def save_settings(config: TrainConfig, tokenizer, output_dir: pathlib.Path) -> None:
@@ -371,7 +403,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
                     "  bring it back, or choose another --output_dir"
                 )
         return step.TrainState(**state), meta
-    if config.resume == "require":
+    if config.resume == "require" or (config.init_from and given_params is None):
         raise CheckpointError(f"output_dir {config.output_dir} holds no checkpoint to resume from")
     meta = {
         "global_batch": run.global_batch,
@@ -515,9 +547,11 @@ def held_out_loss(run, config, params, held_out, n_rows, stop) -> tuple[float, i
 
 def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
     """Export the model, draw the curves, show a sample, and say what to do next."""
-    params = jax.device_get(state.params)
+    model = FlaxGPT2LMHeadModel(
+        run.model_config, dtype=run.module.dtype, params=jax.device_get(state.params)
+    )
     try:
-        FlaxGPT2LMHeadModel(run.model_config, params=params).save_pretrained(output_dir)
+        model.save_pretrained(output_dir)
         tokenizer.save(output_dir)
         rows = metrics.read_log(run_log.path)
         metrics.plot_losses(rows, output_dir / metrics.PLOT_FILE)
@@ -527,7 +561,7 @@ def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
     n_new = min(config.sample_tokens, room)
     if n_new > 0:
         text = generation.continue_text(
-            run.module, params, tokenizer, config.sample_prompt, n_new,
+            model, tokenizer, config.sample_prompt, n_new,
             temperature=0.8, top_k=40, top_p=1.0, seed=config.seed,
         )  # fmt: skip
         print(f"\n--- a sample ---\n{text}\n----------------\n")

@@ -27,8 +27,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_with_tokenizer(args.model)
     print(
         continue_text(
-            model.module,
-            model.params,
+            model,
             tokenizer,
             args.prompt,
             args.max_new_tokens,

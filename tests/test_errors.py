@@ -71,7 +71,7 @@ def check_refusal(stderr, *matches, faults=1):
         ("train", ["--config", "none.yaml"], "cannot read --config none.yaml: No such file"),
         ("generate", ["--model", "x", "--promt", "y"], "flag --promt\n  did you mean --prompt"),
         ("generate", [], "required: --model\n  python scripts/generate.py --help"),
-        ("convert", [], "required: to_pytorch\n  python scripts/convert.py --help"),
+        ("convert", [], r"required: to_pytorch\|from_pytorch\n  python scripts/convert.py --help"),
         (
             "convert",
             ["to_pytorch", "--checkpoint", "x", "--output", "y", "--stp", "3"],

@@ -9,7 +9,14 @@ import transformers
 from flax.traverse_util import flatten_dict
 
 from gpt2_flax import weights
-from gpt2_flax.model import ACTIVATIONS, FlaxGPT2LMHeadModule, check_config, layer_norm
+from gpt2_flax.model import (
+    ACTIVATIONS,
+    FlaxGPT2LMHeadModule,
+    FlaxGPT2Module,
+    check_config,
+    empty_cache,
+    layer_norm,
+)
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel, param_shapes
 
 B, T = 2, 5
@@ -50,7 +57,7 @@ def test_logits_are_pytorchs(tiny_config, changes):
     oracle, params = torch_twin(config)
     ids = random_ids(config)
     expected = oracle(torch.tensor(ids)).logits.detach().numpy()
-    got = FlaxGPT2LMHeadModule(config).apply({"params": params}, jnp.asarray(ids))
+    got = FlaxGPT2LMHeadModule(config).apply({"params": params}, jnp.asarray(ids)).logits
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -83,7 +90,7 @@ def test_gradients_are_pytorchs(tiny_config, compiled):
     )
 
     def loss(params):
-        logits = FlaxGPT2LMHeadModule(config).apply({"params": params}, jnp.asarray(ids))
+        logits = FlaxGPT2LMHeadModule(config).apply({"params": params}, jnp.asarray(ids)).logits
         log_probs = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(log_probs, jnp.asarray(ids)[:, 1:, None], -1).mean()
 
@@ -148,7 +155,8 @@ def test_a_position_sees_itself_and_what_came_before(tiny_config, position):
 
     def one_logit(wpe):
         tree = dict(params, transformer=dict(params["transformer"], wpe={"embedding": wpe}))
-        return FlaxGPT2LMHeadModule(config).apply({"params": tree}, ids)[0, position].sum()
+        logits = FlaxGPT2LMHeadModule(config).apply({"params": tree}, ids).logits
+        return logits[0, position].sum()
 
     moved = np.abs(jax.grad(one_logit)(params["transformer"]["wpe"]["embedding"])).sum(-1) > 0
     assert moved[: position + 1].all()
@@ -159,20 +167,20 @@ def test_cached_steps_give_the_logits_of_one_pass(tiny_config):
     config = tiny_config()
     _, params = torch_twin(config)
     module, ids = FlaxGPT2LMHeadModule(config), jnp.asarray(random_ids(config))
-    whole = module.apply({"params": params}, ids)
-    from gpt2_flax.generation import empty_cache
-
-    cache = empty_cache(module, B, T)
+    whole = module.apply({"params": params}, ids).logits
+    cache = empty_cache(config, B, T, jnp.float32)
+    made = module.init(jax.random.key(0), ids, init_cache=True)["cache"]
+    jax.tree.map(np.testing.assert_array_equal, cache, made)
     for start, end in ((0, 2), (2, 3), (3, 5)):
         positions = jnp.broadcast_to(jnp.arange(start, end), (B, end - start))
-        logits, updated = module.apply(
+        output, updated = module.apply(
             {"params": params, "cache": cache},
             ids[:, start:end],
-            position_ids_BxT=positions,
+            position_ids=positions,
             mutable=["cache"],
         )
         cache = updated["cache"]
-        np.testing.assert_allclose(logits, whole[:, start:end], atol=1e-6)
+        np.testing.assert_allclose(output.logits, whole[:, start:end], atol=1e-6)
 
 
 def test_layer_norm_and_its_derivatives_are_autodiffs():
@@ -207,9 +215,9 @@ def test_bfloat16_computes_softmax_norm_and_logits_in_float32(tiny_config):
     config = tiny_config()
     _, params = torch_twin(config)
     ids = jnp.asarray(random_ids(config))
-    exact = FlaxGPT2LMHeadModule(config).apply({"params": params}, ids)
+    exact = FlaxGPT2LMHeadModule(config).apply({"params": params}, ids).logits
     module = FlaxGPT2LMHeadModule(config, jnp.bfloat16)
-    logits = module.apply({"params": params}, ids)
+    logits = module.apply({"params": params}, ids).logits
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, exact, atol=0.03)
     program = jax.make_jaxpr(lambda p: module.apply({"params": p}, ids))(params)
@@ -236,8 +244,8 @@ def test_dropout_follows_the_row_not_its_place(tiny_config):
 
     def run(ids, rows, key):
         return module.apply(
-            {"params": params}, ids, deterministic=False, row_ids_B=rows, rngs={"dropout": key}
-        )
+            {"params": params}, ids, deterministic=False, row_ids=rows, rngs={"dropout": key}
+        ).logits
 
     logits = run(ids, rows, key)
     np.testing.assert_allclose(run(ids[::-1], rows[::-1], key)[::-1], logits, atol=1e-6)
@@ -259,6 +267,11 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert abs((dropped == 0).mean() - 0.3) < 0.02
     np.testing.assert_allclose(dropped[dropped != 0], 1 / 0.7, rtol=1e-6)
 
+    def drop_all(x):
+        return Dropout(1.0).apply({}, x, jnp.arange(3), False, rngs={"dropout": jax.random.key(0)})
+
+    assert not jax.grad(lambda x: drop_all(x).sum())(ones).any()
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -266,7 +279,9 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
         ({"n_embd": 13}, "n_embd=13 and n_head=3"),
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
         ({"activation_function": "gleu"}, "unknown activation_function 'gleu'"),
-        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"n_inner": 0}, "n_inner must be at least 1"),
+        ({"attn_pdrop": 1.5}, "attn_pdrop must be between 0 and 1, got 1.5"),
+        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon must be 0 or more, got -1.0"),
     ],
 )
 def test_a_config_that_names_no_model_is_refused(tiny_config, changes, message):
@@ -274,7 +289,102 @@ def test_a_config_that_names_no_model_is_refused(tiny_config, changes, message):
         check_config(tiny_config(**changes))
 
 
-def test_ids_beyond_the_vocabulary_give_nan_not_nonsense(tiny_config):
-    logits = FlaxGPT2LMHeadModel(tiny_config())(np.array([[1, 30], [1, 31]])).logits
-    assert np.isfinite(logits[0]).all()
-    assert np.isnan(logits[1]).all()
+def encoder_states(config, seed=1):
+    """(states (B, 4, D), mask (B, 4)) of an encoder."""
+    rng = np.random.default_rng(seed)
+    states = rng.normal(size=(B, 4, config.n_embd)).astype(np.float32)
+    return states, np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}],
+    ids=["plain", "scales"],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_cross_attention_is_pytorchs(tiny_config, changes, masked):
+    config = tiny_config(add_cross_attention=True, **changes)
+    oracle, params = torch_twin(config)
+    ids, (states, mask) = random_ids(config), encoder_states(config)
+    mask = mask if masked else np.ones_like(mask)
+    expected = oracle(
+        torch.tensor(ids),
+        encoder_hidden_states=torch.tensor(states),
+        encoder_attention_mask=torch.tensor(mask),
+        output_attentions=True,
+    )
+    got = FlaxGPT2LMHeadModule(config).apply(
+        {"params": params}, ids, encoder_hidden_states=states,
+        encoder_attention_mask=mask if masked else None, output_attentions=True,
+    )  # fmt: skip
+    np.testing.assert_allclose(got.logits, expected.logits.detach(), atol=1e-5)
+    assert len(got.cross_attentions) == 2
+    for ours, theirs in zip(got.cross_attentions, expected.cross_attentions, strict=True):
+        np.testing.assert_allclose(ours, theirs.detach(), atol=1e-6)
+    without = FlaxGPT2LMHeadModule(config).apply({"params": params}, ids).logits
+    np.testing.assert_allclose(without, oracle(torch.tensor(ids)).logits.detach(), atol=1e-5)
+    assert np.abs(without - got.logits).max() > 1e-3
+
+
+def test_states_of_an_encoder_need_a_model_with_cross_attention(tiny_config):
+    config = tiny_config()
+    params = torch_twin(config)[1]
+    with pytest.raises(ValueError, match="add_cross_attention=True"):
+        FlaxGPT2LMHeadModule(config).apply(
+            {"params": params}, random_ids(config), encoder_hidden_states=np.zeros((B, 4, 12))
+        )
+
+
+def test_hidden_states_and_attentions_are_pytorchs(tiny_config):
+    """The last hidden state comes after ln_f; with padding, attention rows are compared too."""
+    config = tiny_config()
+    oracle, params = torch_twin(config)
+    ids = random_ids(config)
+    expected = oracle(torch.tensor(ids), output_hidden_states=True, output_attentions=True)
+    got = FlaxGPT2LMHeadModule(config).apply(
+        {"params": params}, ids, output_hidden_states=True, output_attentions=True
+    )
+    assert len(got.hidden_states) == 3 and len(got.attentions) == 2
+    assert got.cross_attentions is None and got.past_key_values is None
+    for name in ("hidden_states", "attentions"):
+        for ours, theirs in zip(got[name], expected[name], strict=True):
+            np.testing.assert_allclose(ours, theirs.detach(), atol=1e-5)
+    bare = FlaxGPT2Module(config).apply({"params": params["transformer"]}, ids)
+    np.testing.assert_array_equal(bare.last_hidden_state, got.hidden_states[-1])
+    assert list(bare.keys()) == ["last_hidden_state"]
+    in_order = FlaxGPT2LMHeadModule(config).apply(
+        {"params": params}, ids, None, None, None, None, True, False, True, True, False
+    )
+    assert [type(part) for part in in_order[1:]] == [tuple, tuple]
+    np.testing.assert_array_equal(in_order[0], got.logits)
+    assert len(in_order) == 3 and len(in_order[1]) == 3
+
+
+@pytest.mark.parametrize("changes", [{}, {"add_cross_attention": True}], ids=["self", "cross"])
+def test_gradient_checkpointing_changes_memory_only(tiny_config, changes):
+    """Gradients, dropout included; the memory of 124M is measured in docs/benchmarks.md."""
+    config = tiny_config(
+        resid_pdrop=0.3, attn_pdrop=0.0, embd_pdrop=0.0, n_layer=3, n_positions=64, **changes
+    )
+    params = torch_twin(config)[1]
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 31, (B, 64)))
+    states = encoder_states(config)[0] if changes else None
+
+    def gradient(gradient_checkpointing):
+        module = FlaxGPT2LMHeadModule(config, gradient_checkpointing=gradient_checkpointing)
+
+        def loss(params):
+            logits = module.apply(
+                {"params": params}, ids, encoder_hidden_states=states, deterministic=False,
+                rngs={"dropout": jax.random.key(3)},
+            ).logits  # fmt: skip
+            return jnp.square(jax.nn.log_softmax(logits)).mean()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+    (plain, much), (again, little) = gradient(False), gradient(True)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
+    assert largest > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, again)
+    assert little < 0.6 * much

@@ -15,14 +15,15 @@ PATIENCE_SECONDS = 5
 
 
 def needs_hub(config) -> bool:
-    """Whether the run's text or tokenizer comes from the hub."""
+    """Whether the run's text, tokenizer or model to start from comes from the hub."""
     own_text = bool(config.train_file) or config.dataset == EMBEDDED_DATASET
     own_tokenizer = (
         config.tokenizer == "bytes"
         or config.tokenizer.startswith("bpe:")
         or os.path.isdir(config.tokenizer)
     )
-    return not (own_text and own_tokenizer)
+    own_model = not config.init_from or os.path.exists(config.init_from)
+    return not (own_text and own_tokenizer and own_model)
 
 
 def go_offline_if_unreachable() -> None:
