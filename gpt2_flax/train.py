@@ -226,12 +226,15 @@ def choose_model(config: TrainConfig, tokenizer, output_dir, continuing):
     model_config, params = saved_config(output_dir) if continuing else None, None
     if model_config is None:
         model, given = FlaxGPT2LMHeadModel.from_pretrained(config.init_from, _do_init=False)
-        if model._missing_keys:
+        missing = model._missing_keys - {("lm_head", "kernel")}  # a base model has no head
+        if missing:
             raise UserError(
-                f"the model in {config.init_from} lacks weights, {len(model._missing_keys)} in"
-                f" all: {'/'.join(min(model._missing_keys))}\n  is its config.json the right one?"
+                f"the model in {config.init_from} lacks {len(missing)} weights, such as"
+                f" {'/'.join(min(missing))}\n  is its config.json the right one?"
             )
-        model_config, params = model.config, model.to_fp32(given)
+        given = model.init_weights(model.key, params=given)
+        # On no device yet: where they go is for the run to say.
+        model_config, params = model.config, jax.device_get(model.to_fp32(given))
         types = {leaf.dtype.name for leaf in jax.tree.leaves(given)} - {"float32"}
         if types:
             say(f"{config.init_from}: {', '.join(types)} weights become float32 for training")

@@ -344,7 +344,7 @@ def test_the_python_loop_gives_the_same(model, caplog):
 
 
 def test_padding_on_the_right_is_pointed_out(model, caplog, monkeypatch):
-    monkeypatch.setattr(generation, "_decode", lambda *_: None)
+    monkeypatch.setattr(decoding, "decode", lambda *_: None)
     model.generate([[3, 0]], max_new_tokens=1, trace=False)
     model.generate([[3, 4]], max_new_tokens=1, trace=False, attention_mask=[[1, 0]])
     assert caplog.text.count("pad on the left") == 2
