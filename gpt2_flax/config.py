@@ -34,6 +34,14 @@ class TrainConfig:
     n_heads: int = setting(12, "attention heads; must divide n_embd")
     n_embd: int = setting(768, "width of the residual stream")
     n_positions: int = setting(1024, "longest context the model has positions for, tokens")
+    vocab_size: int = setting(
+        0, "rows of the embedding table, at least the tokenizer's tokens; 0: as many as those"
+    )
+    pad_vocab_to_multiple_of: int = setting(
+        1,
+        "compute logits as if for a multiple of so many ids, which some devices do faster (128);"
+        " ids beyond vocab_size are never predicted, and no parameter is added",
+    )
     dropout: float = setting(0.1, "rate for embeddings, attention and residual branches")
     init_from: str = setting(
         "", "model to start from instead of random weights: a directory, a run or a hub id"
@@ -48,11 +56,17 @@ class TrainConfig:
     dataset_config: str = setting(
         "", "configuration of the dataset (WikiText's default: wikitext-2-raw-v1)"
     )
-    text_column: str = setting("text", "the dataset's column that holds the text")
-    train_file: tuple[str, ...] = setting(
-        (), "UTF-8 text to train on instead of a dataset; repeatable, globs allowed"
+    dataset_split: str = setting("train", "split to train on, in datasets' notation: train[:10%]")
+    text_column: str = setting(
+        "text", "column that holds the text, of the dataset or of .jsonl and .parquet files"
     )
-    validation_file: tuple[str, ...] = setting((), "UTF-8 text to evaluate on")
+    train_file: tuple[str, ...] = setting(
+        (),
+        "files, globs or directories to train on instead of a dataset: .txt, .jsonl or .parquet,"
+        " also .gz, .zst or .xz; ids of nanoGPT or llm.c in .bin; - for standard input;"
+        " any other name is read as text",
+    )
+    validation_file: tuple[str, ...] = setting((), "files of the same kinds to evaluate on")
     validation_share: float = setting(
         0.05, "share of the text held out from its end when there is no validation text"
     )
@@ -60,6 +74,14 @@ class TrainConfig:
         "gpt2", "gpt2, another name on the hub, a local directory, bytes, or bpe:N"
     )
     block_size: int = setting(128, "tokens in a training row; at most n_positions")
+    document_separator: str = setting(
+        "",
+        "what stands between the documents of a text file and is left out: blank_line, or any"
+        " text (\\n is a line's end); empty: a file is one document",
+    )
+    encoding_errors: Literal["strict", "replace"] = setting(
+        "strict", "bytes of a file that are not UTF-8: end with their place, or put U+FFFD there"
+    )
     add_eos: bool = setting(True, "put the end-of-text token between documents")
     shuffle: bool = setting(True, "visit the rows in a new random order each epoch")
     streaming: bool = setting(
@@ -69,6 +91,10 @@ class TrainConfig:
         4096, "rows shuffled together when streaming; memory grows with it"
     )
     cache_dir: str = setting("", "where token files are kept (default: Hugging Face's cache)")
+    tokenize_processes: int = setting(0, "processes that make token files; 0: one a core")
+    show_data: int = setting(
+        0, "print so many rows as ids and text, and the counts, and train nothing"
+    )
 
     # Optimization
     epochs: float = setting(1.0, "passes over the training text")
@@ -119,6 +145,9 @@ class TrainConfig:
     report_to: Literal["none", "tensorboard", "wandb"] = setting(
         "none", "also log to TensorBoard or Weights & Biases (to be installed by you)"
     )
+    ledger: bool = setting(
+        False, "write the epoch and row number of all rows of each step to ledger.jsonl"
+    )
     sample_prompt: str = setting("", "text that the sample at the end continues")
     sample_tokens: int = setting(100, "length of the sample at the end; 0: none")
     debug: bool = setting(False, "show the traceback of an error")
@@ -133,14 +162,14 @@ GROUPS = {
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
 # Never written to config.yaml: they say how the command is run, not what the run is.
-COMMAND_ONLY = ("config", "resume", "debug")
+COMMAND_ONLY = ("config", "resume", "debug", "show_data")
 # May differ between the sessions of one run: none of them changes what is learned,
 # except the two lengths, which move the end of the learning-rate schedule.
 FREE_ON_RESUME = {
     *COMMAND_ONLY,
     "output_dir", "cache_dir", "parallel", "log_every", "eval_every", "eval_rows",
     "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
-    "max_steps", "batch_size", "grad_accum",
+    "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger",
 }  # fmt: skip
 
 
@@ -281,7 +310,7 @@ def read_yaml(path: str) -> tuple[dict, list[str]]:
         return {}, [f"{path}: expected lines of `name: value`, got {type(loaded).__name__}"]
     faults = [
         f"{path}: {name} has no effect in a file\n  give it as a flag: --{name}"
-        for name in ("config", "debug")
+        for name in ("config", "debug", "show_data")
         if name in loaded
     ]
     return loaded, faults
@@ -387,9 +416,11 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
         doubtful.update(wrong)
 
     at_least_1 = ("n_layers", "n_heads", "n_embd", "n_positions", "block_size", "batch_size",
-                  "grad_accum", "log_every", "keep", "shuffle_window")  # fmt: skip
+                  "grad_accum", "log_every", "keep", "shuffle_window",
+                  "pad_vocab_to_multiple_of")  # fmt: skip
     at_least_0 = ("max_steps", "eval_every", "eval_rows", "save_every", "sample_tokens",
-                  "weight_decay", "grad_clip", "warmup_steps", "min_learning_rate")  # fmt: skip
+                  "weight_decay", "grad_clip", "warmup_steps", "min_learning_rate",
+                  "vocab_size", "tokenize_processes", "show_data")  # fmt: skip
     above_0 = ("learning_rate", "epochs", "adam_epsilon")
     shares = ("dropout", "beta1", "beta2", "validation_share")
     require_each(at_least_1, lambda value: value >= 1, "at least 1")
@@ -438,13 +469,27 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
 def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str]:
     """Settings that were given and could not take effect with the others."""
     conflicts = [
-        ({"dataset", "dataset_config", "text_column"}, bool(c.train_file), "train_file"),
-        ({"dataset_config", "text_column"}, c.dataset == EMBEDDED_DATASET, f"dataset {c.dataset}"),
+        ({"dataset", "dataset_config", "dataset_split"}, bool(c.train_file), "train_file"),
+        (
+            {"dataset_config", "dataset_split", "text_column"},
+            c.dataset == EMBEDDED_DATASET and not c.train_file,
+            f"dataset {c.dataset}",
+        ),
+        (
+            {"document_separator", "encoding_errors"},
+            not (c.train_file or c.validation_file),
+            f"dataset {c.dataset}",
+        ),
+        ({"document_separator"}, not c.add_eos, "add_eos false"),
         ({"validation_share"}, bool(c.validation_file), "validation_file"),
         ({"validation_share"}, has_own_validation(c), f"dataset {c.dataset}"),
         ({"shuffle_window"}, not c.streaming, "streaming false"),
         ({"shuffle_window"}, not c.shuffle, "shuffle false"),
-        ({"n_layers", "n_heads", "n_embd", "n_positions"}, bool(c.init_from), "init_from"),
+        (
+            {"n_layers", "n_heads", "n_embd", "n_positions", "vocab_size"},
+            bool(c.init_from),
+            "init_from",
+        ),
         ({"min_learning_rate"}, c.lr_schedule == "constant", "lr_schedule constant"),
         ({"adam_epsilon"}, c.optimizer not in ("adamw", "muon"), f"optimizer {c.optimizer}"),
         ({"beta2"}, c.optimizer == "sgd", "optimizer sgd"),
@@ -476,8 +521,9 @@ def dump_yaml(config: TrainConfig) -> str:
 def differing_keys(config: TrainConfig, saved: dict) -> dict[str, tuple]:
     """name -> (saved, wanted) of the settings that a resumed run may not change."""
     wanted = yaml.safe_load(dump_yaml(config))
+    was = yaml.safe_load(dump_yaml(TrainConfig()))  # of a setting that came after the run began
     return {
-        name: (saved.get(name), value)
+        name: (saved.get(name, was[name]), value)
         for name, value in wanted.items()
-        if name not in FREE_ON_RESUME and saved.get(name) != value
+        if name not in FREE_ON_RESUME and saved.get(name, was[name]) != value
     }

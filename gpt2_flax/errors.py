@@ -1,5 +1,6 @@
-"""The errors a user can cause, what each makes the process return, and how it is shown."""
+"""What a user is told: errors, what each makes the process return, and notes on the way."""
 
+import contextlib
 import sys
 import traceback
 
@@ -34,6 +35,12 @@ class NumericsError(UserError):
     """The loss or the gradient stopped being a finite number."""
 
     exit_code = 5
+
+
+def say(line: str) -> None:
+    """A note to whoever runs the command. The work outlives its reader (`2>&1 | head`)."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def run_main(main, argv: list[str]) -> int:

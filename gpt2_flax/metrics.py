@@ -17,6 +17,7 @@ from tqdm import tqdm
 from gpt2_flax.errors import NumericsError, StorageError, UserError
 
 LOG_FILE = "metrics.jsonl"
+LEDGER_FILE = "ledger.jsonl"
 PLOT_FILE = "loss.png"
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (TPU: per jax device).
 # The first name that is part of the device's kind counts.
@@ -49,12 +50,11 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
-class RunLog:
-    """metrics.jsonl and the reporters. Every step stands in it at most once."""
+class StepLog:
+    """A .jsonl file in which every step stands at most once, also across kills."""
 
-    def __init__(self, output_dir, report_to: str, run_settings: dict):
-        self.path = pathlib.Path(output_dir) / LOG_FILE
-        self.report, self.close = make_reporter(report_to, output_dir, run_settings)
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
 
     def forget_after(self, step: int) -> None:
         """Drop the rows after a step, and a row that a kill left half written."""
@@ -78,6 +78,17 @@ class RunLog:
     def write(self, row: dict) -> None:
         with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class RunLog(StepLog):
+    """metrics.jsonl and the reporters."""
+
+    def __init__(self, output_dir, report_to: str, run_settings: dict):
+        super().__init__(pathlib.Path(output_dir) / LOG_FILE)
+        self.report, self.close = make_reporter(report_to, output_dir, run_settings)
+
+    def write(self, row: dict) -> None:
+        super().write(row)
         self.report(row)
 
 

@@ -500,6 +500,7 @@ class FlaxGPT2LMHeadModule(nn.Module):
     hf_flax_compat: bool = False
     gradient_checkpointing: bool = False
     last_logits_only: bool = False  # (B, 1, V), all that the prompt of `generate` needs
+    pad_vocab_to_multiple_of: int = 1  # width of the logits; ids from V on have logit -inf
 
     def setup(self):
         config = self.config
@@ -558,12 +559,25 @@ class FlaxGPT2LMHeadModule(nn.Module):
         return self._dot(x_BxTxD, wte_VxD, (((2,), (1,)), ((), ())))
 
     def _dot(self, x, y, dimension_numbers, precision=None, preferred_element_type=None):
-        """A product of `dtype` operands that is summed up, and returned, in float32."""
+        """A product of `dtype` operands that is summed up, and returned, in float32.
+
+        x: states (B, T, D). y: the head's matrix, (V, D) or (D, V), which is padded here and not
+        in the parameters, so that no file holds padding and no optimizer updates it.
+        """
         del preferred_element_type
         wanted = None if self.hf_flax_compat else jnp.float32
-        return jax.lax.dot_general(
+        V = self.config.vocab_size
+        padding = -V % self.pad_vocab_to_multiple_of
+        if padding:
+            (_, (axis_of_D,)), _ = dimension_numbers
+            y = jnp.pad(y, ((0, 0), (0, padding)) if axis_of_D == 0 else ((0, padding), (0, 0)))
+        logits = jax.lax.dot_general(
             x, y, dimension_numbers, precision, preferred_element_type=wanted
         )
+        if padding:
+            is_id = jnp.arange(V + padding).reshape(1, 1, -1) < V
+            logits = jnp.where(is_id, logits, -jnp.inf)
+        return logits
 
 
 def empty_cache(config, batch_size: int, max_length: int, dtype, has_head: bool = True) -> dict:

@@ -127,4 +127,4 @@ def prefetch(items: Iterable, prepare: Callable, ahead: int = 2) -> Iterator:
             yield item
     finally:
         stopped.set()
-        thread.join()
+        thread.join(5)  # it may be inside a read of the network, and it is a daemon

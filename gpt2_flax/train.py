@@ -11,7 +11,6 @@ import os
 import pathlib
 import shlex
 import signal
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ import yaml
 
 from gpt2_flax import checkpoint, evaluate, generation, metrics, optim, parallel, step
 from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml
-from gpt2_flax.data import batches, sources, tokenizers
-from gpt2_flax.errors import CheckpointError, StorageError, UserError
+from gpt2_flax.data import batches, opening, show
+from gpt2_flax.errors import CheckpointError, StorageError, UserError, say
 from gpt2_flax.model import FlaxGPT2LMHeadModule
 from gpt2_flax.model_config import make_config
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
@@ -41,6 +40,8 @@ def train(config: TrainConfig) -> int:
     """
     quiet_libraries()
     output_dir = pathlib.Path(config.output_dir)
+    if config.show_data:
+        return show_data(config)
 
     # ------------------------------------------------------------ check
     with contextlib.ExitStack() as cleanup:
@@ -49,9 +50,9 @@ def train(config: TrainConfig) -> int:
             cleanup.enter_context(locked(output_dir))
         continuing = check_output_dir(config, output_dir)
         metrics.check_reporter(config.report_to)
-        train_source, held_out_source = sources.open_sources(config)
-        tokenizer = open_tokenizer(config, output_dir, train_source, continuing)
-        train_rows, held_out = open_rows(config, tokenizer, train_source, held_out_source)
+        text = opening.open_text(config)
+        tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
+        train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
         model_config, given_params = choose_model(config, tokenizer, output_dir, continuing)
 
         # -------------------------------------------------------- build
@@ -70,11 +71,14 @@ def train(config: TrainConfig) -> int:
         run_log = metrics.RunLog(output_dir, config.report_to, dataclasses.asdict(config))
         cleanup.callback(run_log.close)
         run_log.forget_after(int(state.step))
-        describe_run(run, config, train_rows, held_out, state)
+        ledger = metrics.StepLog(output_dir / metrics.LEDGER_FILE) if config.ledger else None
+        if ledger is not None:
+            ledger.forget_after(int(state.step))
+        describe_run(run, config, train_rows, held_out, about_text, state)
 
         # -------------------------------------------------------- loop
         state, stopped_by = loop(
-            run, config, state, meta, train_rows, held_out, checkpoints, run_log
+            run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger
         )
         if stopped_by is not None:
             say(f"saved step {int(state.step)}; the same command goes on from there")
@@ -163,48 +167,16 @@ def make_directory(output_dir: pathlib.Path) -> None:
         raise StorageError(f"cannot make output_dir {output_dir}: {error.strerror}") from error
 
 
-def open_tokenizer(config, output_dir, train_source, continuing) -> tokenizers.Tokenizer:
-    """The run's own tokenizer where it has one already, else the one that was asked for."""
-    if continuing and (output_dir / tokenizers.TOKENIZER_FILE).is_file():
-        return tokenizers.load_tokenizer(str(output_dir))
-    if config.tokenizer.startswith("bpe:"):
-        say(f"learning {config.tokenizer.removeprefix('bpe:')} tokens from {train_source.name}")
-    texts = (piece.text for piece in train_source.pieces())
-    return tokenizers.make_tokenizer(config.tokenizer, texts)
-
-
-def open_rows(config, tokenizer, train_source, held_out_source):
-    """(training rows, ids of the held-out text or None)."""
-    folder = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else token_cache()
-    if config.streaming:
-        rows = batches.StreamedRows(
-            train_source, tokenizer, config.add_eos, config.block_size, config.seed,
-            config.shuffle, config.shuffle_window,
-        )  # fmt: skip
-        if config.max_steps:
-            rows.require_one()
-        else:
-            rows.measure()
-    else:
-        tokens = batches.token_file(train_source, tokenizer, config.add_eos, folder)
-        rows = batches.StoredRows(tokens, config.block_size, config.seed, config.shuffle)
-    if rows.count is not None:
-        batches.check_length(rows, train_source.name)
-    if held_out_source is None:
-        return rows, None
-    held_out = batches.token_file(held_out_source, tokenizer, config.add_eos, folder).ids
-    if len(held_out) < 2:
-        raise UserError(
-            f"the text held out for evaluation has {len(held_out)} tokens, too few for one loss\n"
-            "  give a --validation_file, a larger --validation_share, or --validation_share 0"
-        )
-    return rows, held_out
-
-
-def token_cache() -> pathlib.Path:
-    from huggingface_hub.constants import HF_HOME
-
-    return pathlib.Path(HF_HOME) / "gpt2_flax"
+def show_data(config: TrainConfig) -> int:
+    """Print the first rows of a run as ids and text, and the counts, and train nothing."""
+    output_dir = pathlib.Path(config.output_dir)
+    continuing = (output_dir / SETTINGS_FILE).is_file() and check_output_dir(config, output_dir)
+    text = opening.open_text(config)
+    tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
+    rows, held_out, about = opening.open_rows(config, tokenizer, *text)
+    for line in show.lines(rows, held_out, about, config.add_eos, tokenizer, config.show_data):
+        print(line)
+    return 0
 
 
 def choose_model(config: TrainConfig, tokenizer, output_dir, continuing):
@@ -216,7 +188,7 @@ def choose_model(config: TrainConfig, tokenizer, output_dir, continuing):
             n_head=config.n_heads,
             n_embd=config.n_embd,
             n_positions=config.n_positions,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=choose_vocab_size(config, tokenizer),
             bos_token_id=tokenizer.eos_id,
             eos_token_id=tokenizer.eos_id,
             **dropouts,
@@ -241,6 +213,15 @@ def choose_model(config: TrainConfig, tokenizer, output_dir, continuing):
     model_config.update(dropouts)
     check_given_model(config, model_config, tokenizer)
     return model_config, params
+
+
+def choose_vocab_size(config: TrainConfig, tokenizer) -> int:
+    if 0 < config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size {config.vocab_size} is smaller than the tokenizer's"
+            f" {tokenizer.vocab_size} tokens\n  raise --vocab_size, or leave it out"
+        )
+    return config.vocab_size or tokenizer.vocab_size
 
 
 def saved_config(output_dir: pathlib.Path) -> transformers.GPT2Config | None:
@@ -309,7 +290,11 @@ class Run:
 
 
 def build_run(config, model_config, rows, checkpoints) -> Run:
-    module = FlaxGPT2LMHeadModule(model_config, jnp.dtype(config.dtype))
+    module = FlaxGPT2LMHeadModule(
+        model_config,
+        jnp.dtype(config.dtype),
+        pad_vocab_to_multiple_of=config.pad_vocab_to_multiple_of,
+    )
     at_once = jax.device_count() * config.batch_size
     global_batch = at_once * config.grad_accum
     newest = checkpoints.newest_meta()
@@ -451,7 +436,7 @@ class InterruptedEvaluationError(Exception):
     """An evaluation was cut short by a stop request."""
 
 
-def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
+def loop(run, config, state, meta, rows, held_out, checkpoints, run_log, ledger):
     """Train to the last step. Returns (state, the signal that stopped it early or None)."""
     n = first = int(state.step)
     cursor, evaluated = meta["cursor"], meta["evaluated"]
@@ -492,7 +477,8 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
     steps = rows.batches(cursor, run.global_batch, run.row_limit, run.slots)
     steps = itertools.islice(steps, run.total_steps - first)
     ready = parallel.prefetch(
-        steps, lambda item: (parallel.put_batch(item[0], run.micro_batches), item[1])
+        steps,
+        lambda taken: taken._replace(batch=parallel.put_batch(taken.batch, run.micro_batches)),
     )
     with StopRequest() as stop, contextlib.closing(progress), contextlib.closing(ready):
         # A stop request may have cut off the evaluation that belongs to this step.
@@ -500,9 +486,11 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log):
         if evaluate_first and evaluated != n:
             with contextlib.suppress(InterruptedEvaluationError):
                 evaluate_now()
-        for batch, cursor in ready:
+        for batch, numbers, cursor in ready:
             state, values = run.train_step(state, batch)
             n += 1
+            if ledger is not None:
+                ledger.write({"step": n, "rows": numbers.tolist()})
             meter.add(n, values)
             progress.advance()
             validation_loss = None
@@ -584,7 +572,7 @@ def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
 # ---------------------------------------------------------------- words
 
 
-def describe_run(run, config, rows, held_out, state) -> None:
+def describe_run(run, config, rows, held_out, about_text, state) -> None:
     devices = jax.devices()
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     c = run.model_config
@@ -595,8 +583,10 @@ def describe_run(run, config, rows, held_out, state) -> None:
     )
     if rows.count is not None:
         evaluated = f"; {len(held_out):,} tokens held out" if held_out is not None else ""
+        documents = about_text.get("documents")
+        in_documents = f"{documents:,} documents, " if documents is not None else ""
         say(
-            f"text: {rows.count:,} rows of {config.block_size} tokens an epoch,"
+            f"text: {in_documents}{rows.count:,} rows of {config.block_size} tokens an epoch,"
             f" {rows.remainder} tokens left over{evaluated}"
         )
     per_step = run.global_batch * config.block_size
@@ -608,11 +598,6 @@ def describe_run(run, config, rows, held_out, state) -> None:
         say(f"continuing after step {int(state.step):,}")
     elif run.total_steps:
         say("compiling the first step")
-
-
-def say(line: str) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        print(line, file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:

@@ -6,14 +6,11 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from gpt2_flax.config import load_config
-from gpt2_flax.data.hub import go_offline_if_unreachable, needs_hub
 from gpt2_flax.errors import run_main
 
 
 def main(argv: list[str]) -> int:
     config = load_config(argv)
-    if needs_hub(config):
-        go_offline_if_unreachable()
     from gpt2_flax.train import train  # after a fault of the settings, which needs no JAX
 
     return train(config)

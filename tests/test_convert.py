@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_flax import FlaxGPT2LMHeadModel, checkpoint, convert
 from gpt2_flax.config import load_config
-from gpt2_flax.data.hub import needs_hub
 from gpt2_flax.data.tokenizers import make_tokenizer
 from gpt2_flax.errors import CheckpointError, UserError, run_main
 from gpt2_flax.train import choose_model, train
@@ -351,8 +350,3 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_written(setti
     with pytest.raises(UserError, match="over the 7 positions of"):
         train(settings(tmp_path / "crossing", tmp_path / "run", "--block_size", "8"))
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("init_from", "expected"), [("", False), (".", False), ("gpt2", True)])
-def test_the_hub_is_needed_for_an_id_on_it(init_from, expected, settings, tmp_path):
-    assert needs_hub(settings(init_from, tmp_path)) is expected

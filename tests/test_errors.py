@@ -1,6 +1,7 @@
 """What a user gets to see of a mistake: exit code, at most three lines, and a way on."""
 
 import contextlib
+import gzip
 import http.server
 import io
 import os
@@ -183,32 +184,48 @@ def write_text(path, content):
     return path
 
 
+ROWS = b'{"text": "some words of a document"}\n' * 99
+NO_TEXT = {
+    "empty": ("text.txt", b"", r"train_file .*text\.txt is empty \(0 bytes\)"),
+    "not UTF-8": (
+        "text.txt", "caf\xe9\n".encode("latin-1") * 99,
+        r"text\.txt is not UTF-8: byte 0xe9 at offset 3 \(line 1\)\n.*--encoding_errors replace",
+    ),
+    "short": ("text.txt", b"A word.\n" * 5, r"txt has \d+ tokens, fewer than one row of .* 128"),
+    "a mark alone": ("text.txt", b"\xef\xbb\xbf", r"text\.txt has 0 tokens, fewer than one row"),
+    "blank": ("text.txt", b" \n\t\r\n" * 99, r"text\.txt holds nothing but white space"),
+    "cut short": ("a.txt.gz", gzip.compress(ROWS)[:-1], r"a\.txt\.gz is damaged or not complete"),
+    "a bad line": ("a.jsonl", ROWS + b'{"text": "', r"a\.jsonl, line 100: not valid JSON: Unt"),
+    "no column": ("a.jsonl", ROWS + b"{}", r"a\.jsonl, line 100: no column text\n  set --t"),
+    "no text": ("a.jsonl", b'{"text": null}\n' * 9, r"a\.jsonl has 0 tokens, fewer than one row"),
+    "no Parquet": ("a.parquet", b"PAR1", r"a\.parquet is no Parquet file that can be read: \S"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("streaming", [[], ["--streaming", "--max_steps", "0"]])
-@pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        (b"", r"train_file .*text\.txt is empty \(0 bytes\)"),
-        ("caf\xe9\n".encode("latin-1") * 99, r"text\.txt is not UTF-8: byte 0xe9 at offset 3"),
-        ("A word.\n" * 5, r"text\.txt has \d+ tokens, fewer than one row of block_size 128"),
-    ],
-)
-def test_a_text_that_is_no_text_to_train_on_is_refused(content, match, streaming, train, tmp_path):
-    path = write_text(tmp_path / "text.txt", content)
-    code, stderr = train("--train_file", path, *streaming)
+@pytest.mark.parametrize(("name", "content", "match"), NO_TEXT.values(), ids=NO_TEXT)
+def test_a_text_that_is_no_text_to_train_on_is_refused(
+    name, content, match, streaming, train, tmp_path
+):
+    path = write_text(tmp_path / name, content)
+    code, stderr = train("--train_file", path, "--validation_share", 0, *streaming)
     assert code == 2
     check_refusal(stderr, match)
     assert not (tmp_path / "out").exists()
+    left = [path.name for path in (tmp_path / "cache").rglob("*")]
+    assert not [name for name in left if name.endswith((".tmp", ".lock"))]
 
 
 @pytest.mark.parametrize(
     ("flag", "match"),
-    [("--train_file", "train_file .* is a directory\n  name its files"),
-     ("--validation_file", "validation_file .* is a directory\n  name its files")],
+    [("--train_file", "train_file .* is a directory without text: .*\n  name its files"),
+     ("--validation_file", "validation_file .* is a directory without text: .*\n  name its fi")],
 )  # fmt: skip
-def test_a_directory_is_no_text(flag, match, train, tmp_path):
+def test_a_directory_without_text_is_no_text(flag, match, train, tmp_path):
     text = write_text(tmp_path / "text.txt", "A word.\n" * 99)
     argv = ["--train_file", text] if flag != "--train_file" else []
-    code, stderr = train(*argv, flag, tmp_path)
+    (tmp_path / "folder").mkdir()
+    code, stderr = train(*argv, flag, tmp_path / "folder")
     assert code == 2
     check_refusal(stderr, match)
     assert not (tmp_path / "out").exists()
@@ -316,22 +333,12 @@ def test_a_reader_of_the_output_may_leave(monkeypatch):
 # ---------------------------------------------------------------- the hub
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, True),
-        ({"train_file": ("a",)}, True),  # for its tokenizer
-        ({"tokenizer": "bytes"}, True),  # for its text
-        ({"train_file": ("a",), "tokenizer": "bytes"}, False),
-        ({"train_file": ("a",), "tokenizer": "bpe:300"}, False),
-        ({"train_file": ("a",), "tokenizer": "scripts"}, False),
-        ({"train_file": ("a",), "tokenizer": "no_such_directory"}, True),
-        ({"dataset": "python_stdlib", "tokenizer": "bytes"}, False),
-    ],
-)
-def test_the_hub_is_needed_for_what_comes_from_it(settings, expected, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert hub.needs_hub(TrainConfig(**settings)) is expected
+@pytest.fixture
+def ask_anew():
+    """The hub is tried once a process: here as if nobody had, before and behind."""
+    hub.reachable.cache_clear()
+    yield
+    hub.reachable.cache_clear()
 
 
 @contextlib.contextmanager
@@ -408,17 +415,46 @@ def test_a_certificate_that_only_python_does_not_know_is_an_answer(reason, expec
     assert hub.answers("https://huggingface.co") is expected
 
 
-@pytest.mark.parametrize(
-    ("before", "answers", "after"), [("", False, "1"), ("", True, ""), ("0", False, "0")]
-)
-def test_the_clients_go_offline_where_the_hub_does_not_answer(before, answers, after, monkeypatch):
+@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.usefixtures("ask_anew")
+def test_the_hub_is_tried_once(answers, monkeypatch):
     asked = []
-    monkeypatch.setenv("HF_HUB_OFFLINE", before)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
     monkeypatch.setattr(hub, "answers", lambda url: asked.append(url) or answers)
-    hub.go_offline_if_unreachable()
-    assert os.environ["HF_HUB_OFFLINE"] == after
-    assert asked == ([] if before else ["http://hub.example"])  # what a user has set is obeyed
+    assert [hub.reachable(), hub.reachable()] == [answers, answers]
+    assert asked == ["http://hub.example"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "offline"),
+    [("1", True), ("true", True), ("YES", True), ("On", True), ("0", False), ("", False)],
+)
+@pytest.mark.usefixtures("ask_anew")
+def test_the_hub_is_left_alone_where_the_user_says_so(setting, offline, monkeypatch):
+    """In the words that the hub's own clients understand."""
+    asked = []
+    monkeypatch.setenv("HF_HUB_OFFLINE", setting)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.setattr(hub, "answers", lambda url: asked.append(url) or True)
+    assert hub.is_offline() is offline and hub.reachable() is not offline
+    assert asked == ([] if offline else ["https://huggingface.co"])
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert not hub.is_offline()
+
+
+def test_the_revision_in_the_cache_is_known_without_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "answers", lambda url: pytest.fail("the hub is asked"))
+    assert hub.cached_revision("someone/stories") is None
+    refs = tmp_path / "datasets--someone--stories" / "refs"
+    refs.mkdir(parents=True)
+    assert hub.cached_revision("someone/stories") is None
+    (refs / "main").write_text("0123abc\n")
+    assert hub.cached_revision("someone/stories") == "0123abc"
+    assert hub.cached_revision("stories") is None
+    (refs / "main").write_bytes(b"\xff")
+    assert hub.cached_revision("someone/stories") is None
 
 
 @pytest.mark.parametrize(
@@ -430,9 +466,22 @@ def test_the_clients_go_offline_where_the_hub_does_not_answer(before, answers, a
         ("", RuntimeError("x" * 999), "x" * 200),
     ],
 )
+@pytest.mark.usefixtures("ask_anew")
 def test_an_error_of_the_hub_is_three_lines(offline, error, reason, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", offline)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.setattr(hub, "answers", lambda url: True)
     first, *ways = str(hub.hub_error("dataset d", error)).splitlines()
     assert re.fullmatch(rf"dataset d: {re.escape(reason)}( and it is not in the cache)?", first)
     assert len(ways) == 2
+
+
+@pytest.mark.usefixtures("ask_anew")
+def test_a_hub_that_does_not_answer_is_the_reason(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    monkeypatch.setattr(hub, "answers", lambda url: False)
+    error = hub.hub_error("tokenizer t", OSError("a page of retries"))
+    assert str(error).startswith(
+        "tokenizer t: the hub http://hub.example cannot be reached and it is not in the cache\n"
+    )

@@ -388,3 +388,23 @@ def test_gradient_checkpointing_changes_memory_only(tiny_config, changes):
     assert largest > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, again)
     assert little < 0.6 * much
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("compat", [False, True], ids=["plain", "hf_flax_compat"])
+def test_a_padded_vocabulary_has_no_parameters_and_no_probability(tiny_config, tied, compat):
+    config = tiny_config(tie_word_embeddings=tied)
+    params, ids = torch_twin(config)[1], random_ids(config)
+    module = FlaxGPT2LMHeadModule(config, hf_flax_compat=compat, pad_vocab_to_multiple_of=20)
+    drawn = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+    assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, params)
+    # Far below the zero that a padded row's product is: ln_f gives -1e30, and the head is above 0.
+    params = jax.tree.map(jnp.abs, params)
+    params["transformer"]["ln_f"] = {"scale": jnp.zeros(12), "bias": jnp.full(12, -1e30)}
+    logits = jax.jit(lambda params: module.apply({"params": params}, ids).logits)(params)
+    assert logits.shape == (B, T, 40)
+    assert logits[..., :31].max() < -1e27
+    assert logits.argmax(-1).max() < 31
+    probs = jax.nn.softmax(logits)
+    np.testing.assert_array_equal(probs[..., 31:], 0.0)
+    np.testing.assert_allclose(probs.sum(-1), 1.0, rtol=1e-6)

@@ -1,6 +1,7 @@
 """One update is PyTorch's update, on any number of devices and micro-batches."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -225,3 +226,61 @@ def test_bfloat16_keeps_parameters_and_loss_in_float32(tiny_config):
     _, expected = jax.jit(exact)(state, batch)
     assert metrics["loss_sum"].dtype == jnp.float32
     np.testing.assert_allclose(metrics["loss_sum"], expected["loss_sum"], rtol=5e-3)
+
+
+def padded_train_step(state, batch, *, model, **fixed):
+    model = model.clone(pad_vocab_to_multiple_of=20)
+    return step.train_step(state, batch, model=model, **fixed)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+# The same products, summed up in another order: in bfloat16 that may turn a rounding.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-8)])
+def test_padding_the_vocabulary_changes_neither_loss_nor_gradient(
+    tiny_config, tied, recomputed, dtype, tolerance
+):
+    config = tiny_config(tie_word_embeddings=tied, n_layer=1)
+    plain = FlaxGPT2LMHeadModule(config, jnp.dtype(dtype), gradient_checkpointing=recomputed)
+    params, batch = torch_twin(config)[1], next(random_batches(2, 1))
+
+    def loss_and_gradient(module):
+        loss = functools.partial(step.loss_sum, batch=batch, key=None, model=module)
+        (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return value, flatten_dict(gradient)
+
+    expected, gradient = loss_and_gradient(plain)
+    loss, got = loss_and_gradient(plain.clone(pad_vocab_to_multiple_of=20))
+    np.testing.assert_allclose(loss, expected, rtol=tolerance)
+    for name, leaf in gradient.items():
+        error = np.linalg.norm(got[name] - leaf) / np.linalg.norm(leaf)
+        assert error < tolerance, name
+
+
+@pytest.mark.parametrize("engine", ["pmap", "jit"])
+def test_padding_the_vocabulary_changes_no_run(tiny_config, engine):
+    batches = list(random_batches(16, 5))
+    expected, _ = run(tiny_config(), batches)
+    got, state = run(tiny_config(), batches, engine, step_function=padded_train_step)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert state.params["transformer"]["wte"]["embedding"].shape == (31, 12)
+
+
+@pytest.mark.parametrize("engine", ["pmap", "jit"])
+def test_the_compiled_steps_have_the_padded_size(tiny_config, engine):
+    optimizer, plain = make_optimizer(), FlaxGPT2LMHeadModule(tiny_config())
+    make = functools.partial(step.init_state, model=plain, optimizer=optimizer)
+    state, rows = parallel.replicate(make, jax.random.key(0)), next(random_batches(16, 1))
+    for multiple, sizes in ((1, {31}), (20, {31, 40})):
+        module = plain.clone(pad_vocab_to_multiple_of=multiple)
+        train = functools.partial(step.train_step, model=module, optimizer=optimizer, seed=0)
+        update = parallel.compile_train_step(train, engine)
+        evaluate = parallel.compile_eval_step(
+            functools.partial(step.eval_step, model=module), engine
+        )
+        for lowered in (
+            update.lower(state, parallel.put_batch(rows, 1)),
+            evaluate.lower(state.params, parallel.put_batch(rows, None)),
+        ):
+            shapes = re.findall(r"f32\[([\d,]+)\]", lowered.compile().as_text())
+            assert {31, 40} & {int(n) for shape in shapes for n in shape.split(",")} == sizes

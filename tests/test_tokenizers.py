@@ -1,27 +1,34 @@
 """Ids of text and back; the tokenizer that is saved is the one that was used."""
 
+import concurrent.futures
 import json
-import pathlib
 import random
+import socket
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import transformers
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
+from gpt2_flax.data import hub, tokenizers
+from gpt2_flax.data.cuts import bytes_to_characters
 from gpt2_flax.data.tokenizers import (
     EOS,
+    Encoder,
     Tokenizer,
     as_fast,
     byte_level,
-    bytes_to_characters,
     load_tokenizer,
     make_tokenizer,
     train_bpe,
+    word_pattern,
 )
 from gpt2_flax.errors import UserError
-
-SHARED_GPT2 = pathlib.Path(__file__).resolve().parents[2] / "shared/data/gpt2-tokenizer"
+from tests.test_cuts import BYTE_LEVEL, OTHER, SHARED_GPT2, fuzz, like_bert, texts, thorough
 
 TEXTS = [
     "Hello world, hello  words!\n\n\tIt's 1999 and we'll go .",
@@ -82,6 +89,105 @@ def test_ids_of_bytes_are_the_bytes():
     assert {*bytes_to_characters()} == {*pre_tokenizers.ByteLevel.alphabet()}
 
 
+# ---------------------------------------------------------------- ids by the word
+
+
+@pytest.fixture(scope="module", params=BYTE_LEVEL | OTHER)
+def any_tokenizer(request):
+    return (BYTE_LEVEL | OTHER)[request.param]()
+
+
+@pytest.fixture
+def encoder():
+    return Encoder(train_bpe([fuzz(seed) for seed in range(20)], 700))
+
+
+def check_ids(encoder: Encoder, batch: list[str]):
+    """That ids are those that the tokenizers library gives for each whole text."""
+    encodings = encoder.backend.encode_batch(batch, add_special_tokens=False)
+    for found, encoding in zip(encoder.encode_batch(batch), encodings, strict=True):
+        assert found.dtype == np.int32 and found.flags.writeable
+        assert found.tolist() == encoding.ids
+
+
+@thorough
+@given(batch=st.lists(texts, max_size=4), longest=st.integers(0, 9), most=st.integers(0, 5000))
+@example(
+    batch=["x\u180e y\x1c z\u200b \x85 a\u2028 b\u0378 c", " \t", "a  \n"], longest=9, most=999
+)
+@example(
+    batch=["a\xa0 b\u3000  c\x0b \x0b d\x1c\n\n'", "\u205f \u205f \u1680"], longest=9, most=999
+)
+def test_ids_are_those_of_the_tokenizers_library(any_tokenizer, batch, longest, most):
+    with mock.patch.multiple(tokenizers, LONGEST_KEPT_CHARS=longest, MOST_KEPT_BYTES=most):
+        for _ in range(2):
+            check_ids(any_tokenizer.encoder, batch)
+            assert any_tokenizer.encoder.kept_bytes <= max(most, 5000)
+
+
+def test_words_end_where_no_token_crosses():
+    assert word_pattern().findall(" \t\r\n a12's-\u6f22\u0301\n\nb\x0bc  \xe9 \U0001d7d8 d ") == [
+        " \t\r\n a12's-\u6f22\u0301", "\n\nb\x0bc", "  \xe9", " \U0001d7d8", " d", " ",
+    ]  # fmt: skip
+    # What is or may be white space itself would be torn from the space behind it.
+    for doubtful in "\x0b\x0c\x1c\x1f\x85\xa0\u1680\u180e\u2003\u200b\u2028\u3000\u0378\0":
+        text = f"a{doubtful} {doubtful} \nb c"
+        assert word_pattern().findall(text) == [text[:-2], " c"]
+
+
+def test_a_word_is_asked_for_once(encoder):
+    asked = []
+    real = encoder.ask
+    encoder.ask = lambda words: asked.append(sorted(words)) or real(words)
+    check_ids(encoder, ["the cat and the dog", "the end"])
+    check_ids(encoder, ["the end and the dog"])
+    check_ids(encoder, ["the cow", "the the", " the end"])
+    # A batch asks once for all that it lacks: that is done by several threads.
+    words = [" and", " cat", " dog", " end", " the", "the"]
+    assert asked == [words, [" cow"]]
+
+
+def test_long_words_are_not_kept(encoder):
+    longest = "x" * (tokenizers.LONGEST_KEPT_CHARS - 1)
+    check_ids(encoder, [f"a {longest} {longest}x b"])
+    assert encoder.kept.keys() == {"a", f" {longest}", " b"}
+
+
+def test_what_is_kept_is_bounded(encoder):
+    words = [f"word{n:04}" for n in range(1000)]
+    encoder.encode_batch(words[:1])
+    per_word = encoder.kept_bytes
+    assert 140 < per_word < 200
+    with mock.patch.object(tokenizers, "MOST_KEPT_BYTES", 100 * per_word):
+        n_kept = []
+        for start in range(0, 1000, 30):
+            check_ids(encoder, words[start : start + 30])
+            assert encoder.kept_bytes <= 100 * per_word
+            n_kept.append(len(encoder.kept))
+        assert {30, 60, 90} <= {*n_kept} and max(n_kept) < 110
+        check_ids(encoder, words)  # more at once than may be kept
+        assert not encoder.kept and not encoder.kept_bytes
+
+
+def test_threads_can_share_a_tokenizer(encoder):
+    batches = [[fuzz(seed % 7, 300), fuzz(seed % 5, 300)] for seed in range(60)]
+    expected = [[ids.tolist() for ids in encoder.encode_batch(batch)] for batch in batches]
+    fresh = Encoder(encoder.backend)
+    with (
+        mock.patch.object(tokenizers, "MOST_KEPT_BYTES", 20_000),
+        concurrent.futures.ThreadPoolExecutor(8) as threads,
+    ):
+        for found, ids in zip(threads.map(fresh.encode_batch, batches), expected, strict=True):
+            assert [of_text.tolist() for of_text in found] == ids
+
+
+def test_a_tokenizer_s_json_is_enough_to_encode(any_tokenizer):
+    copy = Encoder.from_json(any_tokenizer.to_json())
+    assert copy.splits == any_tokenizer.encoder.splits
+    for text in TEXTS:
+        np.testing.assert_array_equal(copy.encode_batch([text])[0], any_tokenizer.encode(text))
+
+
 # ---------------------------------------------------------------- bpe:N
 
 
@@ -138,6 +244,30 @@ def test_a_tokenizer_json_alone_is_enough(tmp_path, tokenizer):
     assert_same(make_tokenizer(str(tmp_path), []), tokenizer)
 
 
+def test_a_file_is_loaded_with_what_lies_beside_it(tmp_path):
+    bert = like_bert()
+    bert.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "[UNK]"}))
+    by_folder, by_file = map(load_tokenizer, (str(tmp_path), str(tmp_path / "tokenizer.json")))
+    assert_same(by_file, by_folder)
+    assert by_file.eos_id == bert.fast.get_vocab()["[UNK]"] != bert.eos_id
+
+
+def test_a_file_of_any_name_is_loaded(tmp_path, tokenizer):
+    path = tmp_path / "mine.json"
+    path.write_text(tokenizer.to_json(), "utf-8")
+    assert_same(make_tokenizer(str(path), []), tokenizer)
+    assert make_tokenizer(str(path), []).name == str(path)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_tokenizers_of_other_kinds_are_loaded(tmp_path, name):
+    saved = OTHER[name]()
+    saved.save(tmp_path)
+    assert_same(load_tokenizer(str(tmp_path)), saved)
+
+
 def test_vocabulary_and_merges_alone_are_enough(tmp_path):
     tokenizer = make_tokenizer("bpe:411", CORPUS)
     tokenizer.fast.backend_tokenizer.model.save(str(tmp_path))
@@ -181,6 +311,52 @@ def test_gpt2s_tokenizer(tmp_path, files):
     assert gpt2.encode(f"a{EOS}").tolist() == [64, 50256]
 
 
+# ---------------------------------------------------------------- the hub
+
+
+def test_what_the_hub_s_cache_holds_is_loaded_without_a_connection(
+    tmp_path, monkeypatch, tokenizer
+):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--nobody--something"
+    tokenizer.save(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    # Else nothing would be tried anyway, and not a second time.
+    if of_callers := sys.modules.get("huggingface_hub.utils._detect_agent"):
+        monkeypatch.setattr(of_callers, "_registry", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    tried = []
+
+    def refuse(*arguments):
+        tried.append(arguments)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    loaded = load_tokenizer("nobody/something")
+    assert tried == []
+    assert_same(loaded, tokenizer)
+    assert loaded.name == "nobody/something"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_the_cache_lacks_comes_from_the_hub_if_it_answers(monkeypatch, tokenizer, there):
+    def from_pretrained(name):
+        if not there:
+            raise OSError(f"{name} is unknown")
+        return tokenizer.fast
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", from_pretrained)
+    if there:
+        assert_same(load_tokenizer("some/thing"), tokenizer)
+    else:
+        with pytest.raises(UserError, match=r"^tokenizer some/thing: some/thing is unknown\n"):
+            load_tokenizer("some/thing")
+
+
 # ---------------------------------------------------------------- what cannot be used
 
 
@@ -210,7 +386,7 @@ def merges_without_vocabulary(folder):
         (merges_without_vocabulary, r" holds no tokenizer: neither tokenizer.json nor "),
         (damaged, r"^cannot read the tokenizer in .*: \S.*"),
         (of_no_kind, r"^cannot read the tokenizer in .*: \S.*"),
-        (without_end_of_text, r" has no end-of-text token\n  set eos_token in its tokenizer_conf"),
+        (without_end_of_text, r" has no end-of-text token\n  set eos_token in a tokenizer_config"),
     ],
     ids=["empty directory", "merges only", "damaged", "of no kind", "no end-of-text"],
 )
@@ -221,8 +397,20 @@ def test_directories_without_a_usable_tokenizer_are_named(tmp_path, make, messag
     assert str(tmp_path) in str(error.value) and str(error.value).count("\n") <= 1
 
 
-def test_a_name_that_the_hub_would_know_is_an_error_with_ways_on_offline():
-    with pytest.raises(UserError, match=r"^tokenizer nobody/nothing: the hub .* cannot") as error:
-        load_tokenizer("nobody/nothing")
+@pytest.mark.parametrize("make", [damaged, of_no_kind, without_end_of_text])
+@pytest.mark.parametrize("name", ["tokenizer.json", "mine.json"])
+def test_files_without_a_usable_tokenizer_are_named(tmp_path, make, name):
+    make(tmp_path)
+    path = (tmp_path / "tokenizer.json").rename(tmp_path / name)
+    messages = (r"cannot read the tokenizer in ", r"tokenizer .* has no end-of-text token\n  set ")
+    with pytest.raises(UserError, match=messages[make is without_end_of_text]) as error:
+        load_tokenizer(str(path))
+    assert str(path) in str(error.value) and str(error.value).count("\n") <= 1
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "no/name/of/a/repository"])
+def test_a_name_that_the_hub_would_know_is_an_error_with_ways_on_offline(name):
+    with pytest.raises(UserError, match=rf"^tokenizer {name}: the hub .* cannot") as error:
+        load_tokenizer(name)
     for way_on in ("--train_file FILE", "bpe:8192", "bytes", "configs/quickstart.yaml"):
         assert way_on in str(error.value)

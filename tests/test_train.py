@@ -6,8 +6,10 @@ import signal
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 import yaml
@@ -213,6 +215,10 @@ def test_other_settings_are_refused_and_change_nothing(run, finished, tmp_path):
         UserError, match=r"other settings: learning_rate 0.01 -> 0.02, seed 42 -> 1"
     ):
         run(output_dir, "--learning_rate", "2e-2", "--seed", "1")
+    with pytest.raises(
+        UserError, match=r"other settings: vocab_size 0 -> 300, pad_vocab_to_multiple_of 1 -> 128"
+    ):
+        run(output_dir, "--vocab_size", "300", "--pad_vocab_to_multiple_of", "128")
     with pytest.raises(UserError, match="--resume never"):
         run(output_dir, "--resume", "never")
     other = tmp_path / "other.txt"
@@ -302,3 +308,66 @@ def test_any_checkpoint_converts_for_pytorch(finished, tmp_path):
         convert.to_pytorch(finished, tmp_path / "newest")
     with pytest.raises(CheckpointError, match="has no step 7; it has 9, 12"):
         convert.to_pytorch(finished, tmp_path / "x", 7)
+
+
+@pytest.fixture
+def logit_widths(monkeypatch):
+    """The last axis of the logits of every program that is traced for a loss."""
+    widths, cross_entropy = set(), optax.softmax_cross_entropy_with_integer_labels
+
+    def noting(logits, targets):
+        widths.add(logits.shape[-1])
+        return cross_entropy(logits, targets)
+
+    monkeypatch.setattr(optax, cross_entropy.__name__, noting)
+    return widths
+
+
+def test_a_padded_vocabulary_is_only_in_the_steps(run, finished, tmp_path, logit_widths, capsys):
+    """The same losses; the model, its sample and PyTorch have the tokenizer's 257 ids."""
+    flags = ("--pad_vocab_to_multiple_of", "128", "--sample_tokens", "20")
+    assert run(tmp_path, *flags) == 0
+    assert logit_widths == {384}
+    assert "--- a sample ---" in capsys.readouterr().out
+    for name in ("train_loss", "validation_loss"):
+        a, b = (
+            [row[name] for row in metrics.read_log(path / "metrics.jsonl") if name in row]
+            for path in (tmp_path, finished)
+        )
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert [n for n, tensor in tensors.items() if 384 in tensor.shape] == []
+    assert tensors["transformer.wte.weight"].shape == (257, 8)
+    assert learned(tmp_path)[0]["params"]["transformer"]["wte"]["embedding"].shape == (257, 8)
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 257
+    oracle = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert oracle(torch.tensor([[116]])).logits.shape == (1, 1, 257)
+
+
+def test_the_model_may_have_more_rows_than_the_tokenizer(run, tmp_path, logit_widths):
+    with pytest.raises(
+        UserError,
+        match=r"vocab_size 256 is smaller than the tokenizer's 257 tokens\n  raise --vocab_size",
+    ):
+        run(tmp_path / "small", "--vocab_size", "256")
+    assert not (tmp_path / "small").exists()
+    flags = ("--vocab_size", "300", "--max_steps", "2", "--sample_tokens", "20")
+    assert run(tmp_path / "large", *flags) == 0
+    assert run(tmp_path / "large", *flags) == 0
+    assert logit_widths == {300}
+    assert json.loads((tmp_path / "large" / "config.json").read_text())["vocab_size"] == 300
+    oracle = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "large")
+    assert oracle.transformer.wte.weight.shape == (300, 8)
+
+
+def test_a_model_with_its_own_head_is_trained_with_padding(text, tmp_path, logit_widths):
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, n_positions=24, vocab_size=300, tie_word_embeddings=False
+    )
+    FlaxGPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    flags = [*TINY[8:], "--max_steps", "2", "--init_from", str(tmp_path / "model")]
+    flags += ["--pad_vocab_to_multiple_of", "128", "--train_file", str(text)]
+    assert train(load_config([*flags, "--output_dir", str(tmp_path / "run")])) == 0
+    assert logit_widths == {384}
+    tensors = safetensors.numpy.load_file(tmp_path / "run" / "model.safetensors")
+    assert tensors["lm_head.weight"].shape == (300, 8)

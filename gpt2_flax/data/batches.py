@@ -5,22 +5,16 @@ Row i of a text holds its ids [i*T, i*T + T]: a row's last id is the next row's 
 every id but the very first is a target exactly once.
 """
 
+import contextlib
 import hashlib
-import json
-import os
-import pathlib
-import uuid
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from gpt2_flax.errors import StorageError, UserError
-
-CACHE_VERSION = 1
-PIECES_AT_ONCE = 16  # encoded together, in parallel threads
+from gpt2_flax.data.token_files import Bar, Encoded, encode
+from gpt2_flax.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -31,90 +25,15 @@ class Batch(NamedTuple):
     length_B: np.ndarray  # int32, targets that count: T, less in a text's last row, 0 in padding
 
 
-# ---------------------------------------------------------------- text -> ids
+class Taken(NamedTuple):
+    """What a step takes from the text: this process's rows, and where to go on behind them.
 
-
-def encode(source, tokenizer, add_eos: bool, start: int = 0) -> Iterator[tuple[np.ndarray, int]]:
-    """(ids of a piece, the piece's start) through a source from a position on."""
-    eos = np.array([tokenizer.eos_id], np.int32)
-    pieces = source.pieces(start)
-    while group := [piece for _, piece in zip(range(PIECES_AT_ONCE), pieces, strict=False)]:
-        encoded = tokenizer.encode_batch([piece.text for piece in group])
-        for piece, ids in zip(group, encoded, strict=True):
-            if piece.ends_document and add_eos:
-                ids = np.concatenate([ids, eos])
-            yield ids, piece.start
-
-
-class TokenFile(NamedTuple):
-    """All ids of a text, on disk. fingerprint: a digest of the ids."""
-
-    ids: np.ndarray
-    fingerprint: str
-
-
-def token_file(source, tokenizer, add_eos: bool, folder: pathlib.Path) -> TokenFile:
-    """The ids of a source, encoded now or found in `folder` from an earlier time.
-
-    Raises UserError for text that cannot be read, StorageError where ids cannot be written.
+    rows: int64 (n, 2), epoch and row number of all processes' rows, without padding.
     """
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    key = repr((CACHE_VERSION, source.key, tokenizer.fingerprint, add_eos, dtype.str))
-    path = folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.tokens"
-    about = read_description(path)
-    if about is None:
-        try:
-            about = write_tokens(path, source, tokenizer, add_eos, dtype)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write the token file {path}: {error.strerror}\n"
-                "  choose another place with --cache_dir, or make room there"
-            ) from error
-    ids = np.memmap(path, dtype, "r") if about["count"] else np.zeros(0, dtype)
-    return TokenFile(ids, about["fingerprint"])
 
-
-def read_description(path: pathlib.Path) -> dict | None:
-    """What was written beside a token file; None where either is missing or incomplete."""
-    try:
-        about = json.loads(path.with_suffix(".json").read_text())
-        complete = path.stat().st_size == about["count"] * about["bytes_per_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return about if complete else None
-
-
-def write_tokens(path, source, tokenizer, add_eos, dtype) -> dict:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process's number: hosts that share the folder may have the same.
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    count, hasher = 0, hashlib.blake2b(digest_size=16)
-    bar = tqdm(
-        total=source.size, desc="tokenizing", disable=None, leave=False, unit_scale=True, unit=""
-    )
-    try:
-        with bar, open(temporary, "wb") as file:
-            for ids, start in encode(source, tokenizer, add_eos):
-                data = ids.astype(dtype).tobytes()
-                file.write(data)
-                hasher.update(data)
-                count += len(ids)
-                bar.update(start - bar.n)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        about = {
-            "count": count,
-            "bytes_per_id": dtype.itemsize,
-            "fingerprint": hasher.hexdigest(),
-            "text": source.name,
-            "tokenizer": tokenizer.name,
-        }
-        temporary.write_text(json.dumps(about))
-        os.replace(temporary, path.with_suffix(".json"))
-    finally:
-        temporary.unlink(missing_ok=True)
-    return about
+    batch: Batch
+    rows: np.ndarray
+    cursor: dict
 
 
 # ---------------------------------------------------------------- ids -> rows in order
@@ -126,38 +45,42 @@ class StoredRows:
     Position p of a run is row order(p % count) of epoch p // count; the cursor is p.
     """
 
-    def __init__(self, tokens: TokenFile, block_size: int, seed: int, shuffle: bool):
-        self.ids, self.fingerprint = tokens
+    def __init__(self, ids, block_size: int, seed: int, shuffle: bool):
+        """ids: has a length, read(start, count) and a fingerprint, as token_files.Ids."""
+        self.ids, self.fingerprint = ids, ids.fingerprint
         self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
-        self.count = max(0, (len(self.ids) - 1) // block_size)
-        self.remainder = len(self.ids) - 1 - self.count * block_size
+        self.count = max(0, (len(ids) - 1) // block_size)
+        self.remainder = len(ids) - 1 - self.count * block_size
         self.start = {"rows": 0}
 
     def rows_at(self, position: np.ndarray) -> np.ndarray:
-        """Row numbers at positions of the run. int64 (N,) -> int64 (N,)."""
+        """Epochs and row numbers at positions of the run. int64 (N,) -> int64 (N, 2)."""
         epoch, index = np.divmod(position, self.count)
-        if not self.shuffle:
-            return index
-        rows = np.empty_like(index)
-        for number in np.unique(epoch):
-            chosen = epoch == number
-            rows[chosen] = permute(index[chosen], self.count, (self.seed, int(number)))
-        return rows
+        rows = index.copy()
+        if self.shuffle:
+            for number in np.unique(epoch):
+                chosen = epoch == number
+                rows[chosen] = permute(index[chosen], self.count, (self.seed, int(number)))
+        return np.stack([epoch, rows], axis=1)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """int32 (N, S): the ids of rows."""
         T = self.block_size
-        return self.ids[rows[:, None] * T + np.arange(T + 1)].astype(np.int32)
+        ids_NxS = np.empty((len(rows), T + 1), np.int32)
+        for n, row in enumerate(rows.tolist()):
+            ids_NxS[n] = self.ids.read(row * T, T + 1)
+        return ids_NxS
 
-    def batches(self, cursor: dict, size: int, limit: float, slots: slice) -> Iterator:
-        """(Batch of the given slots, the cursor behind it) for each step, until `limit` rows."""
+    def batches(self, cursor: dict, size: int, limit: float, slots: slice) -> Iterator[Taken]:
+        """What each step of `size` rows takes, for the given slots of it, until `limit` rows."""
         first = cursor["rows"]
         while first < limit:
-            position = first + np.arange(size)[slots]
+            position = first + np.arange(size)
             real = position < limit
-            ids = self.read(self.rows_at(np.where(real, position, first)))
+            rows = self.rows_at(np.where(real, position, first))
+            ids = self.read(rows[slots, 1])
             first = min(first + size, limit)
-            yield make_batch(ids, real, slots, size), {"rows": first}
+            yield Taken(make_batch(ids, real[slots], slots, size), rows[real], {"rows": first})
 
 
 class StreamedRows:
@@ -172,25 +95,43 @@ class StreamedRows:
         self.source, self.tokenizer, self.add_eos = source, tokenizer, add_eos
         self.block_size, self.seed = block_size, seed
         self.shuffle, self.window = shuffle, window
-        self.fingerprint = source.key
+        self.fingerprint = source.fingerprint
         self.count = self.remainder = None  # unknown until measured
         self.start = {"rows": 0, "epoch": 0, "window": 0, "at": 0, "skip": 0, "used": 0}
 
-    def measure(self) -> None:
-        """Set `count` and `remainder` by encoding the whole text once."""
-        bar = tqdm(total=self.source.size, desc="counting tokens", disable=None, leave=False)
-        n_ids = 0
-        with bar:
-            for ids, start in encode(self.source, self.tokenizer, self.add_eos):
-                n_ids += len(ids)
-                bar.update(start - bar.n)
-        self.set_count(n_ids)
+    def encode(self, start: int = 0) -> Iterator[Encoded]:
+        return encode(self.source, self.tokenizer, self.add_eos, start)
+
+    def measure(self) -> dict:
+        """Set `count` and `remainder` by encoding the whole text once.
+
+        Returns what token_files.token_file knows of a text.
+        """
+        count = n_documents = n_bytes = 0
+        blank, begins = True, True
+        with contextlib.closing(Bar(f"counting tokens of {self.source.name}")) as bar:
+            for encoded in self.encode():
+                count += len(encoded.ids)
+                n_bytes += len(encoded.text.encode())
+                n_documents += begins and bool(len(encoded.ids))
+                begins = encoded.ends_document
+                blank = blank and (not encoded.text or encoded.text.isspace())
+                bar.show(encoded.done, n_bytes, count)
+        if count and blank:
+            raise UserError(f"{self.source.name} holds nothing but white space")
+        self.set_count(count)
+        return {
+            "count": count,
+            "documents": n_documents,
+            "text_bytes": n_bytes,
+            "found": dict(self.source.found),
+        }
 
     def require_one(self) -> None:
         """Raise UserError for a text that has not one row; reads no further than that."""
         n_ids = 0
-        for ids, _ in encode(self.source, self.tokenizer, self.add_eos):
-            n_ids += len(ids)
+        for encoded in self.encode():
+            n_ids += len(encoded.ids)
             if n_ids > self.block_size:
                 return
         self.set_count(n_ids)
@@ -200,14 +141,14 @@ class StreamedRows:
         self.count = max(0, (n_ids - 1) // self.block_size)
         self.remainder = n_ids - 1 - self.count * self.block_size
 
-    def windows(self, cursor: dict) -> Iterator[tuple[np.ndarray, dict]]:
-        """(rows of a window in their shuffled order, the cursor at its beginning), for ever."""
+    def windows(self, cursor: dict) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
+        """Windows for ever: (rows, their numbers, the cursor at the window's beginning)."""
         T, wanted = self.block_size, self.window * self.block_size + 1
         epoch, number, at, skip = (cursor[name] for name in ("epoch", "window", "at", "skip"))
         while True:
             marks = deque()  # (index in this stream of a piece's first id, its start)
             held, n_held, begin, n_read = [], 0, skip, 0
-            for ids, start in encode(self.source, self.tokenizer, self.add_eos, at):
+            for ids, start, *_ in self.encode(at):
                 if not marks or marks[-1][1] != start:
                     marks.append((n_read, start))
                 held.append(ids[max(0, begin - n_read) :])
@@ -215,47 +156,52 @@ class StreamedRows:
                 n_read += len(ids)
                 while n_held >= wanted:
                     flat = np.concatenate(held)
-                    yield (
-                        self.shuffled(flat[:wanted], epoch, number),
-                        here(marks, begin, epoch, number),
-                    )
+                    behind = here(marks, begin, epoch, number)
+                    yield *self.shuffled(flat[:wanted], epoch, number), behind
                     held, n_held = [flat[wanted - 1 :]], n_held - wanted + 1
                     begin, number = begin + wanted - 1, number + 1
             if n_held > T:
                 flat = np.concatenate(held)
                 flat = flat[: (n_held - 1) // T * T + 1]
-                yield self.shuffled(flat, epoch, number), here(marks, begin, epoch, number)
+                yield *self.shuffled(flat, epoch, number), here(marks, begin, epoch, number)
             elif number == 0:  # it was the first window: the whole text is less than a row
                 self.set_count(n_read)
                 check_length(self, self.source.name)
             epoch, number, at, skip = epoch + 1, 0, 0, 0
 
-    def shuffled(self, ids: np.ndarray, epoch: int, number: int) -> np.ndarray:
+    def shuffled(self, ids: np.ndarray, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of a window's ids in their order, their epochs and numbers (N, 2))."""
         T = self.block_size
         rows = np.lib.stride_tricks.sliding_window_view(ids, T + 1)[::T]
-        if not self.shuffle:
-            return rows
-        return rows[permute(np.arange(len(rows)), len(rows), (self.seed, epoch, number))]
+        order = np.arange(len(rows))
+        if self.shuffle:
+            order = permute(order, len(rows), (self.seed, epoch, number))
+        names = np.stack([np.full_like(order, epoch), number * self.window + order], axis=1)
+        return rows[order], names
 
-    def batches(self, cursor: dict, size: int, limit: float, slots: slice) -> Iterator:
-        """(Batch of the given slots, the cursor behind it) for each step, until `limit` rows."""
+    def batches(self, cursor: dict, size: int, limit: float, slots: slice) -> Iterator[Taken]:
+        """What each step of `size` rows takes, for the given slots of it, until `limit` rows."""
         total, used = cursor["rows"], cursor["used"]
         waiting = np.empty((0, self.block_size + 1), np.int32)
+        waiting_names = np.empty((0, 2), np.int64)
         windows = self.windows(cursor)
         behind = cursor
         while total < limit:
             while len(waiting) < size:
-                rows, behind = next(windows)
+                rows, names, behind = next(windows)
                 waiting = np.concatenate([waiting, rows[used:]])
+                waiting_names = np.concatenate([waiting_names, names[used:]])
                 n_rows, used = len(rows), 0
             ids, waiting = waiting[:size], waiting[size:]
+            names, waiting_names = waiting_names[:size], waiting_names[size:]
             real = total + np.arange(size) < limit
             total += size
             # A window used up to its end is read again on resume, for none of its rows: cheap,
             # and the cursor needs no second case. `used` counts from the newest window's first
             # row; rows waiting from an older one cannot be, as `waiting` was shorter than size.
-            yield (
+            yield Taken(
                 make_batch(ids[slots].astype(np.int32), real[slots], slots, size),
+                names[real],
                 behind | {"rows": total, "used": n_rows - len(waiting)},
             )
 
@@ -273,10 +219,11 @@ def make_batch(ids: np.ndarray, real: np.ndarray, slots: slice, size: int) -> Ba
     return Batch(ids, np.arange(size, dtype=np.int32)[slots], length)
 
 
-def evaluation_batches(ids: np.ndarray, block_size: int, size: int, n_rows: int, slots: slice):
+def evaluation_batches(ids, block_size: int, size: int, n_rows: int, slots: slice):
     """Batches over a text in its own order, its last, shorter row included.
 
-    n_rows: rows to take at most, 0 for all. Every target is counted exactly once.
+    ids: as those of StoredRows. n_rows: rows to take at most, 0 for all. Every target is
+    counted exactly once.
     """
     T, n_targets = block_size, len(ids) - 1
     total = -(-n_targets // T)
@@ -284,8 +231,11 @@ def evaluation_batches(ids: np.ndarray, block_size: int, size: int, n_rows: int,
     for first in range(0, total, size):
         rows = first + np.arange(size)[slots]
         length = np.where(rows < total, np.clip(n_targets - rows * T, 0, T), 0)
-        index = np.minimum(rows[:, None] * T + np.arange(T + 1), n_targets)
-        yield Batch(ids[index].astype(np.int32), rows.astype(np.int32), length.astype(np.int32))
+        ids_NxS = np.zeros((len(rows), T + 1), np.int32)
+        for n, (row, count) in enumerate(zip(rows.tolist(), length.tolist(), strict=True)):
+            if count:
+                ids_NxS[n, : count + 1] = ids.read(row * T, count + 1)
+        yield Batch(ids_NxS, rows.astype(np.int32), length.astype(np.int32))
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:

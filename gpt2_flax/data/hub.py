@@ -1,39 +1,43 @@
 """The Hugging Face hub: whether it can be reached, and what to say when it can't."""
 
+import functools
 import http.client
 import os
+import pathlib
 import ssl
 import threading
 import urllib.error
 import urllib.request
 
-from gpt2_flax.config import EMBEDDED_DATASET
 from gpt2_flax.errors import UserError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 PATIENCE_SECONDS = 5
 
 
-def needs_hub(config) -> bool:
-    """Whether the run's text, tokenizer or model to start from comes from the hub."""
-    own_text = bool(config.train_file) or config.dataset == EMBEDDED_DATASET
-    own_tokenizer = (
-        config.tokenizer == "bytes"
-        or config.tokenizer.startswith("bpe:")
-        or os.path.isdir(config.tokenizer)
-    )
-    own_model = not config.init_from or os.path.exists(config.init_from)
-    return not (own_text and own_tokenizer and own_model)
+@functools.cache
+def reachable() -> bool:
+    """Whether the hub may be asked and answers; tried once.
 
-
-def go_offline_if_unreachable() -> None:
-    """Let the hub's clients use their caches at once where the hub does not answer.
-
-    Left alone they retry in silence for 20 to 50 seconds. Has an effect only before
-    huggingface_hub is first imported: it reads the variable then.
+    Left alone its clients retry in silence for 20 to 50 seconds where it does not.
     """
-    if not os.environ.get("HF_HUB_OFFLINE") and not answers(endpoint()):
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    return not is_offline() and answers(endpoint())
+
+
+def is_offline() -> bool:
+    """Whether the user forbids to ask the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def cached_revision(dataset: str) -> str | None:
+    """The commit of a hub dataset that Hugging Face's cache holds; no connection is made."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    name = f"datasets--{dataset.replace('/', '--')}"
+    try:
+        return pathlib.Path(HF_HUB_CACHE, name, "refs", "main").read_text("utf-8").strip()
+    except (OSError, ValueError):
+        return None
 
 
 def endpoint() -> str:
@@ -76,7 +80,7 @@ def answers(url: str) -> bool:
 
 def hub_error(what: str, error: Exception) -> UserError:
     """The error for something that could not be had from the hub, with the ways on."""
-    if os.environ.get("HF_HUB_OFFLINE"):
+    if not reachable():
         reason = f"the hub {endpoint()} cannot be reached and it is not in the cache"
     else:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__

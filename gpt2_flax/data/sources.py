@@ -1,231 +1,470 @@
 """Where text comes from: a stream of pieces of documents, each with its position.
 
 A source has
-    name            for messages
-    size            its length in units of position
-    key             a string that changes when the text does
-    pieces(start)   an iterator of `Piece` from a position on
-Pieces are cut before white space that follows a letter, digit or mark. Byte-level BPE
-always starts a new token there, so the ids of the pieces are the ids of the whole text.
+    name                  for messages
+    key                   a string that changes when the text, or what is read of it, does
+    fingerprint           the same, wherever the files lie: a resumed stream is checked by it
+    found                 a Counter of what pieces met: replaced, nul, crlf, empty
+    pieces(start, cuts)   an iterator of `Piece` from a position on; 0 is its beginning
+    split(share)          (this source without its last share, that share), cut between
+                          documents where it can be
+Pieces are cut (by `cuts`, data/cuts.py) where the ids of the pieces are those of the whole.
 """
 
 import codecs
-import glob
+import functools
 import hashlib
+import json
 import os
 import pathlib
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gpt2_flax.config import DATASET_ALIASES, EMBEDDED_DATASET, TrainConfig
-from gpt2_flax.data.hub import hub_error
+from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig, plain
+from gpt2_flax.data import files
+from gpt2_flax.data.cuts import cut_up
 from gpt2_flax.errors import UserError
 
-PIECE_CHARS = 64 * 1024
-# A text without white space is cut all the same, at the cost of one token pair a cut.
-LONGEST_PIECE_CHARS = 1024 * 1024
-CUT = re.compile(r"(?<=\S)[ \t\r\n]")
+FILE = 1 << 44  # a position is FILE x the file's number + the place in it
+BLANK_LINE = "blank_line"
+# White space of a line that counts as blank, and of a document that is left out: bounds, so that
+# no more of a text has to be held than this.
+BLANK_CHARS, BLANK_DOCUMENT_CHARS = 4096, 1 << 20
+REST_OF_BLANK_LINE = rf"[ \t\r]{{0,{BLANK_CHARS}}}\n"
+BLANK_LINES = re.compile(f"(?:{REST_OF_BLANK_LINE})+")
 
 
 class Piece(NamedTuple):
-    """A stretch of text. `pieces(start)` begins with the first piece of the same `start`."""
+    """A stretch of text. `pieces(start)` begins with the first piece of the same `start`.
+
+    done: how much of the source was read up to its end, 0 to 1; None where nobody knows.
+    """
 
     text: str
     start: int
     ends_document: bool
+    done: float | None = None
 
 
-class TextFiles:
-    """UTF-8 files, one document each, as one run of bytes; read block by block.
+# ---------------------------------------------------------------- kinds of files
+#
+# A reader has
+#     key                      what of its settings changes the text
+#     size(path)               of a file, in units of position
+#     pieces(path, start, end, cuts, found)
+#                              (text, position, ends_document, fraction of the file) of a range
+#     next_document(path, at)  where the first document begins at or after a position above 0;
+#                              None where the file has no such
+#     inside(path, at)         a place near a position where a document may be cut in two
 
-    begin, end: the bytes of that run that belong to this source. Positions are bytes.
+
+class Text:
+    """UTF-8 text. Positions are bytes. A file is a document, or several with separators.
+
+    separator: "blank_line", or what stands between documents; empty for none. Separators are
+    left out, and so are documents of nothing but white space.
     """
 
-    def __init__(self, paths: list[pathlib.Path], begin: int = 0, end: int | None = None):
-        self.paths = paths
-        self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
-        self.stats = [path.stat() for path in paths]
-        self.begin = begin
-        self.end = sum(stat.st_size for stat in self.stats) if end is None else end
-        self.size = self.end - self.begin
-        described = [
-            (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-            for path, stat in zip(paths, self.stats, strict=True)
-        ]
-        self.key = digest(described, self.begin, self.end)
+    def __init__(self, separator: str = "", errors: str = "strict"):
+        self.errors = errors
+        self.blank_lines = separator == BLANK_LINE
+        self.separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+        pattern = rf"\n{REST_OF_BLANK_LINE}" if self.blank_lines else re.escape(self.separator)
+        self.pattern, self.pattern_of_bytes = re.compile(pattern), re.compile(pattern.encode())
+        self.key = ("text", separator, errors)
 
-    def pieces(self, start: int = 0) -> Iterator[Piece]:
-        position = self.begin + start
-        offset = 0
-        for path, stat in zip(self.paths, self.stats, strict=True):
-            last = min(offset + stat.st_size, self.end)
-            if position < last:
+    size = staticmethod(files.unpacked_size)
+
+    def pieces(self, path, start, end, cuts, found) -> Iterator:
+        begin = after_mark(path) if start == 0 else start
+        blocks = files.decode(path, begin, end, self.errors)
+        cuts = cuts if self.errors == "strict" else CutsOfMarked(cuts)
+        read = self.separated if self.separator else self.whole
+        for text, at, ends, fraction in read(blocks, begin, cuts):
+            # The mark that a file may begin with belongs to its first piece.
+            yield files.unmark(text, found), start if at == begin else at, ends, fraction
+
+    def whole(self, blocks, at, cuts) -> Iterator:
+        """One document, each piece with its own position."""
+        text = ""
+        for decoded, fraction in blocks:
+            text += decoded
+            ends = not decoded
+            while cut := cuts.first_cut(text, 0, ends):
+                yield text[:cut], at, ends and cut == len(text), fraction
+                at, text = at + files.n_bytes(text[:cut]), text[cut:]
+
+    def separated(self, blocks, at, cuts) -> Iterator:
+        """Documents between separators; all pieces of one have the position of its first."""
+        text = ""
+        for part, at_document, ends, fraction in self.parts(blocks, at):
+            text += part
+            while cut := cuts.first_cut(text, 0, ends):
+                yield text[:cut], at_document, ends and cut == len(text), fraction
+                text = text[cut:]
+
+    def parts(self, blocks, at) -> Iterator:
+        """(text, the document's position, whether it ends, fraction), as soon as it is sure."""
+        text, first, begun = "", at, False
+        for decoded, fraction in blocks:
+            text += decoded
+            ends = True
+            while ends:
+                if not begun:
+                    if self.blank_lines and (blank := BLANK_LINES.match(text)):
+                        at, text = at + files.n_bytes(blank.group()), text[blank.end() :]
+                    first = at
+                length, behind, ends = self.next_end(text, is_all=not decoded)
+                if begun or not is_blank(text[:length]):
+                    yield text[:length], first, ends, fraction
+                    begun = not ends
+                elif not ends:
+                    break  # white space, of which nobody knows yet whether a document begins
+                at, text = at + files.n_bytes(text[:behind]), text[behind:]
+                ends = ends and bool(text)
+
+    def next_end(self, text: str, is_all: bool) -> tuple[int, int, bool]:
+        """(how much of a text is its first document, how much that and a separator, whether the
+        document ends there). Where it does not, what could begin a separator is left out.
+        """
+        if found := self.pattern.search(text):
+            start, end = found.span()
+            return start - (self.blank_lines and text[:start].endswith("\r")), end, True
+        if is_all:
+            return len(text), len(text), True
+        if self.blank_lines:
+            tail = text[-BLANK_CHARS - 2 :]
+            sure = len(text) - len(tail) + len(tail.rstrip(" \t\r\n"))
+        else:
+            sure = max(0, len(text) - len(self.separator) + 1)
+        return sure, sure, False
+
+    def next_document(self, path, at: int) -> int | None:
+        if not self.separator:
+            return None
+        longest = BLANK_CHARS + 2 if self.blank_lines else len(self.separator.encode())
+        held = b""
+        with files.Bytes(path, max(0, at - longest)) as file:
+            while block := file.read(1 << 20):
+                held += block
+                for found in self.pattern_of_bytes.finditer(held):
+                    if (begins := file.at - len(held) + found.end()) >= at:
+                        return begins
+                held = held[-longest:]
+        return None
+
+    def inside(self, path, at: int) -> int:
+        """The first start of a line at or after a byte; else of a word; else of a character."""
+        at = max(at, after_mark(path) + 1)
+        separator = b"" if self.blank_lines else self.separator.encode()
+        begin = max(0, at - 1 - len(separator))
+        with files.Bytes(path, begin) as file:
+            block = file.read(1 << 20)
+        before = at - 1 - begin
+        marks = (block.find(mark, before) + 1 for mark in (b"\n", b" "))
+        cut = next((cut for cut in marks if 0 < cut < len(block)), 0)
+        cut = cut or re.compile(rb".?[\x80-\xbf]*", re.DOTALL).match(block, before).end()
+        # Not inside a separator: it would be none any more.
+        begins = block.find(separator, max(0, cut - len(separator) + 1), cut + len(separator) - 1)
+        return begin + (cut if not separator or begins < 0 else begins)
+
+
+class CutsOfMarked:
+    """Cuts of a text that `files.unmark` is still to be applied to: those of what it becomes."""
+
+    def __init__(self, cuts):
+        self.cuts = cuts
+
+    def first_cut(self, text: str, at: int, ends: bool) -> int:
+        return self.cuts.first_cut(files.unmark(text, Counter()), at, ends)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a document is nothing but white space, and not too much of it."""
+    return not text or (len(text) <= BLANK_DOCUMENT_CHARS and text.isspace())
+
+
+def after_mark(path) -> int:
+    """Where the text of a file begins: behind a byte order mark, if it has one."""
+    with files.Bytes(path) as file:
+        mark = file.read(len(codecs.BOM_UTF8))
+    return len(mark) if mark == codecs.BOM_UTF8 else 0
+
+
+class JsonLines:
+    """One JSON object a line, each a document. Positions are bytes; only lines begin at them."""
+
+    def __init__(self, column: str, errors: str = "strict"):
+        self.column, self.errors = column, errors
+        self.key = ("jsonl", column, errors)
+
+    size = staticmethod(files.unpacked_size)
+
+    def pieces(self, path, start, end, cuts, found) -> Iterator:
+        with files.Bytes(path, start) as file:
+            while end is None or file.at < end:
+                at = file.at
+                line = file.readline()
+                if not line:
+                    return
+                mark = len(codecs.BOM_UTF8) if line.startswith(codecs.BOM_UTF8) else 0
+                text = self.text_of(line[mark:], path, at + mark)
+                if not text:
+                    found["empty"] += 1
+                    continue
+                text = files.unmark(text, found)
+                yield from whole_document(text, at, cuts, file.fraction())
+
+    def text_of(self, line: bytes, path, at: int) -> str | None:
+        """The text in a line; None in an empty one."""
+        if not line.strip():
+            return None
+
+        def fault(what):
+            return UserError(f"{path}, line {files.line_at(path, at)}: {what}")
+
+        try:
+            handler = "strict" if self.errors == "strict" else "gpt2_flax_mark"
+            row = json.loads(line.decode("utf-8", handler))
+        except UnicodeDecodeError as error:
+            raise files.not_utf8(path, at + error.start) from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deeply, or a number too long")
+            raise fault(f"not valid JSON: {reason}\n  mend the line or take it out") from error
+        if not isinstance(row, dict):
+            raise fault(
+                f"{type(row).__name__} instead of an object with columns\n"
+                "  each line must be of the kind " + json.dumps({self.column: "the text"})
+            )
+        if self.column not in row:
+            raise fault(f"no column {self.column}{remedy(row)}")
+        text = row[self.column]
+        if text is not None and not isinstance(text, str):
+            raise fault(
+                f"column {self.column} holds {type(text).__name__}, not text\n"
+                "  set --text_column to one that holds text"
+            )
+        if text and self.errors == "strict" and (half := re.search("[\ud800-\udfff]", text)):
+            raise fault(
+                f"half of a surrogate pair, \\u{ord(half.group()):04x}\n"
+                "  mend the line, or put U+FFFD there: --encoding_errors replace"
+            )
+        return text
+
+    def next_document(self, path, at: int) -> int | None:
+        with files.Bytes(path, at - 1) as file:
+            file.readline()
+            begins = file.at
+            return begins if file.read(1) else None
+
+    def inside(self, path, at: int) -> int:
+        """The beginning of the line that a byte stands in."""
+        begins = 0
+        with files.Bytes(path) as file:
+            while file.at < at and (block := file.read(min(1 << 20, at - file.at))):
+                if b"\n" in block:
+                    begins = file.at - len(block) + block.rindex(b"\n") + 1
+        return begins
+
+
+class Parquet:
+    """Rows of a column, each a document. Positions are rows."""
+
+    def __init__(self, column: str, folder: pathlib.Path):
+        """folder: where a packed file is unpacked to; it must be read out of order."""
+        self.column, self.folder = column, folder
+        self.key = ("parquet", column)
+
+    def open(self, path):
+        import pyarrow.parquet
+
+        source = path
+        if files.is_packed(path):
+            with files.Bytes(path) as packed:
+                source = files.Spool(str(path), lambda: packed.read(1 << 20), self.folder).open()
+        try:
+            file = pyarrow.parquet.ParquetFile(source)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise damaged_parquet(path, error) from error
+        schema = file.schema_arrow
+        if self.column not in schema.names:
+            raise UserError(f"{path} has no column {self.column}{remedy(schema.names)}")
+        kind = schema.field(self.column).type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if str(kind) not in ("string", "large_string", "string_view"):
+            others = [name for name in schema.names if name != self.column]
+            what = str(kind).split("<")[0]
+            raise UserError(
+                f"column {self.column} of {path} is no text but {what}{remedy(others)}"
+            )
+        return file
+
+    def size(self, path) -> int:
+        with self.open(path) as file:
+            return file.metadata.num_rows
+
+    def pieces(self, path, start, end, cuts, found) -> Iterator:
+        with self.open(path) as file:
+            total = max(1, file.metadata.num_rows)
+            for row, text in self.rows(file, path, start, end):
+                if not text:
+                    found["empty"] += 1
+                    continue
+                text = files.unmark(text, found)
+                yield from whole_document(text, row, cuts, (row + 1) / total)
+
+    def rows(self, file, path, start, end) -> Iterator[tuple[int, str | None]]:
+        import pyarrow
+
+        end = file.metadata.num_rows if end is None else end
+        first = 0
+        for group in range(file.num_row_groups):
+            n_rows = file.metadata.row_group(group).num_rows
+            if first < end and first + n_rows > start:
+                row = first
                 try:
-                    for text, n_bytes in read_text(path, position - offset, last - offset):
-                        ends = position + n_bytes >= last
-                        yield Piece(text, position - self.begin, ends)
-                        position += n_bytes
-                except OSError as error:
-                    raise UserError(f"cannot read {path}: {error.strerror}") from error
-            offset += stat.st_size
+                    batches = file.iter_batches(1000, row_groups=[group], columns=[self.column])
+                    for batch in batches:
+                        texts = batch.column(0).to_pylist()
+                        for number, text in enumerate(texts, row):
+                            if start <= number < end:
+                                yield number, text
+                        row += len(texts)
+                except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                    raise damaged_parquet(path, error) from error
+            first += n_rows
 
-    def split(self, share: float) -> tuple["TextFiles", "TextFiles"]:
-        """This source without its last `share`, cut at the end of a line, and that share."""
-        cut = self.begin + int(self.size * (1 - share))
-        offset = 0
-        for path, stat in zip(self.paths, self.stats, strict=True):
-            if cut < offset + stat.st_size:
-                cut = offset + next_line(path, cut - offset)
-                break
-            offset += stat.st_size
-        return TextFiles(self.paths, self.begin, cut), TextFiles(self.paths, cut, self.end)
+    def next_document(self, path, at: int) -> int | None:
+        return at
+
+    def inside(self, path, at: int) -> int:
+        return at
 
 
-def read_text(path: pathlib.Path, start: int, end: int) -> Iterator[tuple[str, int]]:
-    """Pieces of the bytes [start, end) of a file: text and the bytes it took."""
-    text, bom = "", 0
-    if start == 0:
-        with open(path, "rb") as file:
-            bom = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-    for decoded in decode(path, start + bom, end):
-        text += decoded
-        while cut := first_cut(text, 0, ends=not decoded):
-            yield text[:cut], bom + len(text[:cut].encode())
-            text, bom = text[cut:], 0
-    if bom:
-        yield "", bom
+def remedy(columns) -> str:
+    names = ", ".join(map(plain, columns)) or "none of this file"
+    return f"\n  set --text_column to one of: {names[:200]}"
 
 
-def decode(path: pathlib.Path, start: int, end: int) -> Iterator[str]:
-    """The text of the bytes [start, end) of a file, block by block; an empty one is the last."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        file.seek(start)
-        at, block = start, b"-"
-        while block:
-            block = file.read(min(PIECE_CHARS, end - at))
-            try:
-                decoded = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise not_utf8(path, at - len(decoder.getstate()[0]) + error.start) from error
-            at += len(block)
-            if decoded or not block:
-                yield decoded
-
-
-def first_cut(text: str, at: int, ends: bool) -> int:
-    """Where the piece that begins at `at` ends; 0 where only more text can tell.
-
-    A function of nothing but the text from `at` on, so that reading from the start of any
-    piece gives the same pieces again. ends: whether `text` is all there is.
-    """
-    left = len(text) - at
-    if left <= PIECE_CHARS:
-        return len(text) if ends else 0
-    if cut := last_cut(text[at : at + PIECE_CHARS]):
-        return at + cut
-    if left <= LONGEST_PIECE_CHARS and not ends:
-        return 0
-    longest = min(len(text), at + LONGEST_PIECE_CHARS)
-    later = CUT.search(text, at + PIECE_CHARS, longest)
-    return later.start() if later else longest
-
-
-def last_cut(text: str) -> int:
-    """The last place to cut a text; 0 where there is none."""
-    for size in (256, len(text)):
-        tail = text[-size:]
-        cut = max((match.start() for match in CUT.finditer(tail)), default=0)
-        if cut:
-            return len(text) - len(tail) + cut
-    return 0
-
-
-def not_utf8(path: pathlib.Path, offset: int) -> UserError:
-    line, left = 1, offset
-    with open(path, "rb") as file:
-        while before := file.read(min(left, LONGEST_PIECE_CHARS)):
-            line, left = line + before.count(b"\n"), left - len(before)
-        byte = file.read(1)[0]
+def damaged_parquet(path, error) -> UserError:
     return UserError(
-        f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset} (line {line})\n"
-        f"  convert it: iconv -f latin1 -t utf-8 {path} > converted.txt"
+        f"{path} is no Parquet file that can be read: {files.first_line(error)}\n  fetch it again"
     )
 
 
-def next_line(path: pathlib.Path, offset: int) -> int:
-    """The first start of a line at or after a byte offset; else of a word; else of a character."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        block = file.read(LONGEST_PIECE_CHARS)
-    for mark in (b"\n", b" "):
-        found = block.find(mark)
-        if found >= 0 and found + 1 < len(block):
-            return offset + found + 1
-    continued = re.match(rb"[\x80-\xbf]*", block)
-    return offset + continued.end()
+def whole_document(text: str, start: int, cuts, done: float | None) -> Iterator[tuple]:
+    """The pieces of one text, which share a start."""
+    at = 0
+    for part in cut_up(text, cuts):
+        at += len(part)
+        yield part, start, at == len(text), done
 
 
-class Rows:
-    """Rows of a dataset's text column. Positions are rows.
+# ---------------------------------------------------------------- files as a source
 
-    A row is a document, except in WikiText, where a row is a line and an article begins
-    with its heading.
+
+class Files:
+    """Files of one kind, one after another."""
+
+    def __init__(self, paths: list, reader, name: str = "", part: tuple | None = None):
+        """part: (share held out, whether this is what is held out, where that begins)."""
+        self.paths, self.reader, self.part = paths, reader, part
+        self.name = name or (str(paths[0]) if len(paths) == 1 else f"{len(paths)} files")
+        self.found = Counter()
+        self.sizes = [size_on_disk(path) for path in paths]
+        whole = reader.key, part and part[:2]
+        self.key = digest([describe(path) for path in paths], whole)
+        self.fingerprint = digest([describe(path)[1:3] for path in paths], whole)
+
+    def pieces(self, start: int, cuts) -> Iterator[Piece]:
+        begin, end = self.bounds()
+        first, place = divmod(max(start, begin), FILE)
+        for number, path in enumerate(self.paths[first:], first):
+            stop = None
+            if end is not None:
+                if number * FILE >= end:
+                    return
+                stop = end % FILE if number == end // FILE else None
+            pieces = self.reader.pieces(path, place, stop, cuts, self.found)
+            for text, at, ends, fraction in pieces:
+                yield Piece(text, number * FILE + at, ends, self.done(number, fraction))
+            place = 0
+
+    def bounds(self) -> tuple[int, int | None]:
+        """(first position, position behind the last; None for all) of this source."""
+        if self.part is None:
+            return 0, None
+        _, is_held_out, cut = self.part
+        return (cut(), None) if is_held_out else (0, cut())
+
+    def done(self, number: int, fraction: float) -> float:
+        read = (sum(self.sizes[:number]) + fraction * self.sizes[number]) / sum(self.sizes)
+        if self.part is not None:
+            share, is_held_out, _ = self.part
+            read = (read - 1 + share) / share if is_held_out else read / (1 - share)
+        return min(1.0, max(0.0, read))
+
+    def split(self, share: float) -> tuple["Files", "Files"]:
+        cut = functools.cache(lambda: find_cut(self.paths, self.reader, share))
+        return tuple(
+            Files(self.paths, self.reader, self.name, (share, is_held_out, cut))
+            for is_held_out in (False, True)
+        )
+
+
+def find_cut(paths: list, reader, share: float) -> int:
+    """The position where the last share of files begins.
+
+    It is the next beginning of a document, if that leaves half of the share or more; else the
+    beginning of the file, if that leaves no more than twice the share; else inside a document.
+    What is before it is never empty.
     """
-
-    def __init__(self, rows, name: str, column: str, begin: int = 0, end: int | None = None):
-        self.rows, self.name, self.column = rows, name, column
-        self.begin = begin
-        self.end = len(rows) if end is None else end
-        self.size = self.end - self.begin
-        self.key = digest(rows._fingerprint, column, self.begin, self.end)
-        self.rows_are_lines = "wikitext" in name.lower()
-
-    def pieces(self, start: int = 0) -> Iterator[Piece]:
-        rows = self.read(self.begin + start)
-        row, text = next(rows, (None, None))
-        while row is not None:
-            following, next_text = next(rows, (None, None))
-            ends = following is None or not self.rows_are_lines or is_heading(next_text)
-            yield from cut_up(text, row - self.begin, ends)
-            row, text = following, next_text
-
-    def read(self, row: int) -> Iterator[tuple[int, str]]:
-        """The rows from one on that hold text, each with its number."""
-        for first in range(row, self.end, 1000):
-            texts = self.rows[first : min(first + 1000, self.end)][self.column]
-            yield from ((n, text) for n, text in enumerate(texts, first) if text)
-
-    def split(self, share: float) -> tuple["Rows", "Rows"]:
-        cut = self.begin + int(self.size * (1 - share))
-        parts = (self.begin, cut), (cut, self.end)
-        return tuple(Rows(self.rows, self.name, self.column, *part) for part in parts)
+    sizes = [reader.size(path) for path in paths]
+    total, number = sum(sizes), 0
+    place = max(1, int(total * (1 - share)))
+    if place >= total:
+        return len(paths) * FILE
+    while place >= sizes[number]:
+        place -= sizes[number]
+        number += 1
+    behind = sum(sizes[number + 1 :])
+    found = reader.next_document(paths[number], place)
+    if found is not None and found < sizes[number]:
+        left, found = sizes[number] - found + behind, number * FILE + found
+    else:
+        left, found = behind, (number + 1) * FILE
+    if left >= share * total / 2:
+        return found
+    if number and sizes[number] + behind <= 2 * share * total:
+        return number * FILE
+    return number * FILE + reader.inside(paths[number], place) or len(paths) * FILE
 
 
-def is_heading(line: str) -> bool:
-    """Whether a line of WikiText is an article's title, ` = Title = `, not a section's."""
-    words = line.split()
-    return len(words) > 2 and words[0] == words[-1] == "=" and words[1] != "="
+def size_on_disk(path) -> int:
+    return path.size if isinstance(path, files.Spool) else os.stat(path).st_size
 
 
-class PythonSources:
-    """Source files of Python's standard library, one document each. Positions are files."""
-
-    def __init__(self, root: pathlib.Path, files: list[pathlib.Path]):
-        self.name = f"Python's own source files ({root})"
-        self.files = files
-        self.size = len(files)
-        sizes = [(str(path.relative_to(root)), path.stat().st_size) for path in files]
-        self.key = digest(sizes)
-
-    def pieces(self, start: int = 0) -> Iterator[Piece]:
-        for at, path in enumerate(self.files[start:], start):
-            yield from cut_up(path.read_text("utf-8", errors="replace"), at, True)
+def describe(path) -> tuple:
+    """(where a file lies, its name, its state on disk, and more of that) to know it again."""
+    if isinstance(path, files.Spool):
+        return "", path.name, path.digest, 0
+    stat = os.stat(path)
+    state = stat.st_size, stat.st_mtime_ns
+    return str(path.resolve()), path.name, state, stat.st_ctime_ns
 
 
-def python_sources() -> tuple[PythonSources, PythonSources]:
+def digest(*parts) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+# ---------------------------------------------------------------- Python's own sources
+
+
+def python_sources() -> tuple[Files, Files]:
     """(training, validation) files of the running Python, the same for the same Python.
 
     Tests and installed packages are left out; one file in twenty, chosen by a hash of its
@@ -233,100 +472,102 @@ def python_sources() -> tuple[PythonSources, PythonSources]:
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = []
+    paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - left_out)
-        files += [pathlib.Path(folder, name) for name in sorted(names) if name.endswith(".py")]
-    files = [path for path in files if path.stat().st_size]
+        paths += [pathlib.Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+    paths = [path for path in paths if path.stat().st_size]
 
     def held_out(path):
         name = path.relative_to(root).as_posix()
         return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
 
-    train = [path for path in files if not held_out(path)]
-    return PythonSources(root, train), PythonSources(root, [p for p in files if held_out(p)])
+    name = f"Python's own source files ({root})"
+    reader = Text(errors="replace")
+    parts = [[p for p in paths if held_out(p) == wanted] for wanted in (False, True)]
+    return tuple(Files(part, reader, name) for part in parts)
 
 
-def cut_up(text: str, start: int, ends_document: bool) -> Iterator[Piece]:
-    """One text as pieces that share a start."""
-    at = 0
-    while at < len(text):
-        cut = first_cut(text, at, ends=True)
-        yield Piece(text[at:cut], start, ends_document and cut == len(text))
-        at = cut
+# ---------------------------------------------------------------- the sources of a run
 
 
-def digest(*parts) -> str:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+def open_sources(config: TrainConfig, folder: pathlib.Path):
+    """(training source, validation source or None) of a run; neither of ids in .bin files.
 
-
-def open_sources(config: TrainConfig):
-    """(training source, validation source or None) of a run.
-
-    Raises UserError for text that is missing, empty or unreadable.
+    folder: of token files. Raises UserError for text that is missing, empty or unreadable.
     """
+    check_options(config)
     if config.train_file:
-        train = TextFiles(find_files(config.train_file, "train_file"))
+        train, held_out = open_files(config, "train_file", folder), None
     elif config.dataset == EMBEDDED_DATASET:
         train, held_out = python_sources()
     else:
-        train, held_out = open_dataset(config)
+        from gpt2_flax.data.hub_datasets import open_dataset
+
+        train, held_out = open_dataset(config, folder)
     if config.validation_file:
-        return train, TextFiles(find_files(config.validation_file, "validation_file"))
-    if config.train_file or held_out is None:
-        return train.split(config.validation_share) if config.validation_share else (train, None)
+        held_out = open_files(config, "validation_file", folder)
+    elif held_out is None and config.validation_share and train is not None:
+        train, held_out = train.split(config.validation_share)
     return train, held_out
 
 
-def find_files(patterns: tuple[str, ...], setting: str) -> list[pathlib.Path]:
-    """The files that paths and globs name, in order, each once."""
-    found = {}
-    for pattern in patterns:
-        # os.path's own two take any text; pathlib's raise for ~nobody and for names too long.
-        path = os.path.expanduser(pattern)
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
-        if not matches:
-            raise UserError(f"{setting} {pattern} does not exist (looked in {os.getcwd()})")
-        found |= dict.fromkeys(map(pathlib.Path, matches))
-    for path in found:
-        if path.is_dir():
+def open_files(config: TrainConfig, setting: str, folder: pathlib.Path) -> Files | None:
+    """The source that train_file or validation_file names; None where it is ids."""
+    patterns = getattr(config, setting)
+    text = Text(config.document_separator, config.encoding_errors)
+    if files.STANDARD_INPUT in patterns:
+        return Files([files.standard_input(folder)], text)
+    paths = files.find_files(patterns, setting)
+    readers = {
+        "text": text,
+        "jsonl": JsonLines(config.text_column, config.encoding_errors),
+        "parquet": Parquet(config.text_column, folder),
+        "bin": None,
+    }
+    reader = readers[files.kind_of(paths[0])]
+    return Files(paths, reader) if reader else None
+
+
+# What takes effect on which kinds of text, beside what `config` refuses.
+NEEDED_KINDS = {
+    "text_column": ("dataset", "jsonl", "parquet"),
+    "document_separator": ("text",),
+    "encoding_errors": ("text", "jsonl"),
+    "add_eos": ("dataset", "text", "jsonl", "parquet"),
+    "streaming": ("dataset", "text", "jsonl", "parquet"),
+}
+
+
+def check_options(config: TrainConfig) -> None:
+    """Raise UserError for a setting that was given and has no effect on the text of a run."""
+    train, held_out = kinds(config, "train_file"), kinds(config, "validation_file")
+    defaults = TrainConfig()
+    for name, needed in NEEDED_KINDS.items():
+        found = train if name == "streaming" else train | held_out
+        if getattr(config, name) != getattr(defaults, name) and found.isdisjoint(needed):
+            endings = [end for end, kind in files.KINDS.items() if kind in needed]
             raise UserError(
-                f"{setting} {path} is a directory\n  name its files: --{setting} '{path}/*.txt'"
+                f"{name} has no effect on files of kind {', '.join(sorted(found - {'dataset'}))}\n"
+                f"  leave it out, or name the files {' or '.join(endings)}"
             )
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{setting} {path} may not be read by this user")
-        if path.stat().st_size == 0:
-            raise UserError(f"{setting} {path} is empty (0 bytes)")
-    return list(found)
 
 
-def open_dataset(config: TrainConfig) -> tuple[Rows, Rows | None]:
-    """The training split of a hub dataset, and its validation split if it has one."""
-    name = DATASET_ALIASES.get(config.dataset, config.dataset)
-    subset = config.dataset_config
-    if not subset and name == DATASET_ALIASES["wikitext"]:
-        subset = "wikitext-2-raw-v1"
-    try:
-        import datasets
-
-        datasets.disable_progress_bars()
-        splits = datasets.load_dataset(name, subset or None)
-    except Exception as error:  # the clients raise a dozen kinds, some of them plain Exception
-        raise hub_error(f"dataset {name}{f' ({subset})' if subset else ''}", error) from error
-    if "train" not in splits:
-        raise UserError(f"dataset {name} has no train split; it has {', '.join(splits)}")
-    columns = splits["train"].column_names
-    if config.text_column not in columns:
+def kinds(config: TrainConfig, setting: str) -> set[str]:
+    """Of what kind the text is that train_file or validation_file names."""
+    patterns = getattr(config, setting)
+    if not patterns:
+        return {"dataset"} if setting == "train_file" else set()
+    if files.STANDARD_INPUT not in patterns:
+        return {files.kind_of(files.find_files(patterns, setting)[0])}
+    if setting != "train_file" or len(patterns) > 1:
         raise UserError(
-            f"dataset {name} has no column {config.text_column}\n"
-            f"  set --text_column to one of {', '.join(columns)}"
+            "standard input (-) must be the only train_file, and is no validation_file\n"
+            "  put the text into files"
         )
-    kind = getattr(splits["train"].features[config.text_column], "dtype", "a list")
-    if "string" not in kind:
-        raise UserError(f"column {config.text_column} of dataset {name} is no text but {kind}")
-    label = f"{name} {subset}".strip()
-    parts = [
-        Rows(splits[split], label, config.text_column) if split in splits else None
-        for split in ("train", "validation")
-    ]
-    return parts[0], parts[1]
+    if config.streaming:
+        raise UserError(
+            "train_file - cannot be streamed: to continue a run, its text is read again\n"
+            "  leave out --streaming, or put the text into a file"
+        )
+    return {"text"}

@@ -1,18 +1,103 @@
 """Text <-> ids. Every tokenizer is a transformers fast tokenizer with an end-of-text token."""
 
+import array
+import functools
 import hashlib
+import json
+import os
 import pathlib
+import re
+import sys
+import threading
 from collections.abc import Iterable
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from gpt2_flax.data.hub import hub_error
+from gpt2_flax.data import hub
+from gpt2_flax.data.cuts import (
+    SOLID,
+    Cuts,
+    bytes_to_characters,
+    is_byte_level,
+    kinds_of_characters,
+    make_cuts,
+)
 from gpt2_flax.errors import UserError
 
 EOS = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+LONGEST_KEPT_CHARS = 64  # longer words hardly come twice
+MOST_KEPT_BYTES = 1 << 27
+BYTES_A_WORD = 64  # that the dict takes, beside the word and its ids
+
+
+class Encoder:
+    """Text -> ids, without special tokens added. Threads may share one.
+
+    A byte-level BPE is asked once for the ids of a word, with the white space before it, and they
+    are kept: most text consists of few words. They take at most about MOST_KEPT_BYTES.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+        self.splits = is_byte_level(json.loads(backend.to_str()))
+        self.kept: dict[str, bytes] = {}
+        self.kept_bytes = 0
+        self.lock = threading.Lock()
+
+    @classmethod
+    def from_json(cls, text: str) -> "Encoder":
+        """The encoder of a tokenizer whose tokenizer.json says `text`."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """int32 ids of each text."""
+        if not self.splits:
+            return [np.array(ids, np.int32) for ids in self.ask(texts)]
+        words = [word_pattern().findall(text) for text in texts]
+        found = [[*map(self.kept.get, of_text)] for of_text in words]
+        pairs = [
+            [*zip(of_text, ids, strict=True)] if None in ids else []
+            for of_text, ids in zip(words, found, strict=True)
+        ]
+        if lacking := {word for of_text in pairs for word, ids in of_text if ids is None}:
+            learned = self.learn([*lacking])
+            for n, of_text in enumerate(pairs):
+                found[n] = [learned.get(*pair) for pair in of_text] or found[n]
+        return [np.frombuffer(bytearray().join(ids), np.int32) for ids in found]
+
+    def learn(self, words: list[str]) -> dict[str, bytes]:
+        """The ids of words, which are kept."""
+        learned = dict(zip(words, (ids.tobytes() for ids in self.ask(words)), strict=True))
+        short = {word: ids for word, ids in learned.items() if len(word) <= LONGEST_KEPT_CHARS}
+        size = sum(sum(map(sys.getsizeof, pair), BYTES_A_WORD) for pair in short.items())
+        with self.lock:
+            if self.kept_bytes + size > MOST_KEPT_BYTES:
+                self.kept.clear()
+                self.kept_bytes = 0
+            if size <= MOST_KEPT_BYTES:
+                self.kept.update(short)
+                self.kept_bytes += size
+        return learned
+
+    def ask(self, texts: list[str]) -> Iterable[array.array]:
+        """The ids of texts from the tokenizer itself, which uses all cores."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return (array.array("i", encoding.ids) for encoding in encodings)
+
+
+@functools.cache
+def word_pattern() -> re.Pattern:
+    """White space and what follows up to the next: no token of a byte-level BPE is of two such.
+
+    Where it is not certain that the last character isn't white space, too, the next is added.
+    """
+    bounds = np.flatnonzero(np.diff(kinds_of_characters() & SOLID, prepend=0, append=0))
+    solid = "".join(rf"\U{a:08x}-\U{b - 1:08x}" for a, b in bounds.reshape(-1, 2).tolist())
+    space, other = r"[ \t\r\n]", r"[^ \t\r\n]"
+    return re.compile(rf"{space}*+{other}++(?:(?<![{solid}]){space}+{other}*)*+|{space}+")
 
 
 class Tokenizer:
@@ -27,7 +112,7 @@ class Tokenizer:
         if eos is None:
             raise UserError(
                 f"tokenizer {name} has no end-of-text token\n"
-                "  set eos_token in its tokenizer_config.json"
+                f"  set eos_token in a tokenizer_config.json beside its {TOKENIZER_FILE}"
             )
         self.name = name
         self.fast = fast
@@ -37,14 +122,21 @@ class Tokenizer:
         # Settings that a tokenizer.json carries along; they would cut off every piece of text.
         fast.backend_tokenizer.no_truncation()
         fast.backend_tokenizer.no_padding()
-        self.fingerprint = hashlib.blake2b(
-            fast.backend_tokenizer.to_str().encode(), digest_size=16
-        ).hexdigest()
+        self.encoder = Encoder(fast.backend_tokenizer)
+        self.fingerprint = hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+    @functools.cached_property
+    def cuts(self) -> Cuts:
+        """Where texts may be cut."""
+        return make_cuts(self)
+
+    def to_json(self) -> str:
+        """What tokenizer.json says; `Encoder.from_json` takes it."""
+        return self.fast.backend_tokenizer.to_str()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """int32 ids of each text, without special tokens added."""
-        encodings = self.fast.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        return self.encoder.encode_batch(texts)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -68,30 +160,66 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer from a local directory or the hub. Raises UserError where there is none."""
-    import transformers
+    """A tokenizer from a directory, a tokenizer.json or the hub.
 
-    local = pathlib.Path(name).is_dir()
-    files = {path.name for path in pathlib.Path(name).iterdir()} if local else {TOKENIZER_FILE}
-    if TOKENIZER_FILE in files:
-        kind = transformers.PreTrainedTokenizerFast
-    elif {"vocab.json", "merges.txt"} <= files:
-        kind = transformers.GPT2TokenizerFast
-    else:
-        raise UserError(
-            f"{name} holds no tokenizer: neither {TOKENIZER_FILE} nor vocab.json and merges.txt"
-        )
-    try:
-        # Not AutoTokenizer: it would follow what a stranger's config.json asks for.
-        fast = kind.from_pretrained(name)
-    except Exception as error:  # the clients raise a dozen kinds, some of them plain Exception
-        if local:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(f"cannot read the tokenizer in {name}: {reason}") from error
-        raise hub_error(f"tokenizer {name}", error) from error
+    Raises UserError where there is none.
+    """
+    fast = load_local(name) if os.path.exists(name) else load_from_hub(name)
     if fast.eos_token is None and EOS in fast.get_vocab():
         fast.add_special_tokens({"bos_token": EOS, "eos_token": EOS})
     return Tokenizer(fast, name)
+
+
+def load_local(name: str):
+    import transformers
+
+    # What lies beside a tokenizer.json counts however it was named.
+    path = pathlib.Path(name)
+    folder = path.parent if path.name == TOKENIZER_FILE else path
+    try:
+        files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        # Not AutoTokenizer: it would follow what a stranger's config.json asks for.
+        if TOKENIZER_FILE in files:
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+        if {"vocab.json", "merges.txt"} <= files:
+            return transformers.GPT2TokenizerFast.from_pretrained(str(folder))
+        if path.is_file():
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
+    except Exception as error:  # the clients raise a dozen kinds, some of them plain Exception
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"cannot read the tokenizer in {name}: {reason}") from error
+    raise UserError(
+        f"{name} holds no tokenizer: neither {TOKENIZER_FILE} nor vocab.json and merges.txt"
+    )
+
+
+def load_from_hub(name: str):
+    import transformers
+
+    if folder := cached_folder(name):
+        return load_local(folder)
+    what = f"tokenizer {name}"
+    if not hub.reachable():
+        raise hub.hub_error(what, OSError("not in the cache"))
+    try:
+        return transformers.PreTrainedTokenizerFast.from_pretrained(name)
+    except Exception as error:  # the clients raise a dozen kinds, some of them plain Exception
+        raise hub.hub_error(what, error) from error
+
+
+def cached_folder(name: str) -> str | None:
+    """Where Hugging Face's cache holds a tokenizer of the hub; no connection is made.
+
+    Even with local_files_only from_pretrained asks the hub for something (huggingface_hub 2.4
+    for a list of programs that may be calling).
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(name, TOKENIZER_FILE)
+    except ValueError:  # no name of a repository
+        return None
+    return os.path.dirname(file) if isinstance(file, str) else None
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
@@ -101,14 +229,6 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     tokenizer = byte_level(models.BPE(vocab=by_byte, merges=[]))
     tokenizer.add_special_tokens([EOS])
     return tokenizer
-
-
-def bytes_to_characters() -> list[str]:
-    """GPT-2's printable stand-in for each byte: itself where it is printable Latin-1."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in printable)
-    stand_in = {byte: 256 + n for n, byte in enumerate(others)}
-    return [chr(stand_in.get(byte, byte)) for byte in range(256)]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

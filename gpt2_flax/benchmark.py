@@ -1,0 +1,196 @@
+"""How fast the parts of training are, measured so that anyone can repeat it.
+
+A cell is one measurement in a process of its own. Cells that are compared take turns, so that
+a machine that is busy for a while slows down both; medians and ranges are over processes.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from gpt2_flax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TOKENIZE_MB = 16  # of text, in a cell that tokenizes
+
+
+def data(settings: dict) -> dict:
+    """Rows ready per second, the share of a step that waits for data, and tokenizing per core.
+
+    settings: train_file ("" for Python's own sources), tokenizer, batch_size, block_size,
+    tokens_per_second (of the step that is fed), steps, processes (of each cell).
+    Returns name -> {"unit", "median", "low", "high"} of what was measured.
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
+        settings = settings | {"folder": folder}
+        in_fresh_process("prepare", settings)
+        cells = ("cached", "streamed", "fed from the cache", "tokenize", "tokenize_hf",
+                 "tokenize_hf_fast")  # fmt: skip
+        values = {cell: [] for cell in cells}
+        for _ in range(settings["processes"]):
+            for cell in cells:
+                values[cell].append(in_fresh_process(cell, settings))
+    names = {
+        "cached": ("rows from the cache", "rows/s"),
+        "streamed": ("rows from a stream, tokenized on the fly", "rows/s"),
+        "fed from the cache": (
+            f"of a step at {settings['tokens_per_second']:,.0f} tokens/s, waiting for data",
+            "%",
+        ),
+        "tokenize": ("tokenizing, one core", "MB/s"),
+        "tokenize_hf": ("tokenizers' encode_batch, one core", "MB/s"),
+        "tokenize_hf_fast": ("tokenizers' encode_batch_fast, one core", "MB/s"),
+    }
+    return {
+        names[cell][0]: {
+            "unit": names[cell][1],
+            "median": statistics.median(found),
+            "low": min(found),
+            "high": max(found),
+        }
+        for cell, found in values.items()
+    }
+
+
+def in_fresh_process(cell: str, settings: dict):
+    """What a cell measured, in a process of its own. Raises UserError where it fails."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if cell.startswith("tokenize"):
+        environment |= {"TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "gpt2_flax.benchmark", cell, json.dumps(settings)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines()
+        if process.returncode == 2:
+            raise UserError("\n".join(lines).removeprefix("error: "))
+        raise RuntimeError(f"the cell {cell} failed:\n{process.stderr}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def table(results: dict) -> str:
+    """The results as lines of text."""
+    width = max(map(len, results))
+    return "\n".join(
+        f"{name:{width}}  {r['median']:>10,.4g} {r['unit']}  ({r['low']:,.4g} to {r['high']:,.4g})"
+        for name, r in results.items()
+    )
+
+
+# ---------------------------------------------------------------- cells of `data`
+
+
+def open_text(settings: dict):
+    """(config, source, tokenizer) of the text that is measured."""
+    from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig
+    from gpt2_flax.data import opening
+
+    text = {"train_file": (settings["train_file"],)} if settings["train_file"] else {}
+    config = TrainConfig(
+        **text or {"dataset": EMBEDDED_DATASET},
+        tokenizer=settings["tokenizer"],
+        block_size=settings["block_size"],
+        cache_dir=settings["folder"],
+        validation_share=0.0,
+    )
+    source, _ = opening.open_text(config)
+    tokenizer = opening.open_tokenizer(config, pathlib.Path(settings["folder"]), source, False)
+    return config, source, tokenizer
+
+
+def open_rows(settings: dict, streaming: bool):
+    import dataclasses
+
+    from gpt2_flax.data import opening
+
+    config, source, tokenizer = open_text(settings)
+    config = dataclasses.replace(config, streaming=streaming, max_steps=1)
+    rows, _, _ = opening.open_rows(config, tokenizer, source, None)
+    return rows
+
+
+def prepare(settings: dict) -> None:
+    open_rows(settings, streaming=False)
+
+
+def rows_per_second(settings: dict, streaming: bool) -> float:
+    """Rows of batches, as a step takes them, made as fast as they can be for a while."""
+    rows = open_rows(settings, streaming)
+    steps = rows.batches(rows.start, settings["batch_size"], np.inf, slice(None))
+    next(steps)
+    n_steps, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < settings["seconds"]:
+        next(steps)
+        n_steps += 1
+    return n_steps * settings["batch_size"] / passed
+
+
+def waiting_share(settings: dict) -> float:
+    """Percent of a step's time spent waiting for its batch, on the device, made ahead.
+
+    The step is a pause of the length that the wanted speed gives it.
+    """
+    import jax
+
+    from gpt2_flax import parallel
+
+    rows = open_rows(settings, streaming=False)
+    steps = rows.batches(rows.start, settings["batch_size"], np.inf, slice(None))
+    ready = parallel.prefetch(steps, lambda taken: parallel.put_batch(taken.batch, 1))
+    step_seconds = settings["batch_size"] * settings["block_size"] / settings["tokens_per_second"]
+    jax.block_until_ready(next(ready))
+    waited = 0.0
+    for _ in range(settings["steps"]):
+        time.sleep(step_seconds)
+        began = time.perf_counter()
+        jax.block_until_ready(next(ready))
+        waited += time.perf_counter() - began
+    ready.close()
+    return 100 * waited / (settings["steps"] * step_seconds)
+
+
+def megabytes_per_second(settings: dict, how: str) -> float:
+    """Tokenizing of the text's first megabytes, in pieces, from a cold start of its caches."""
+    _, source, tokenizer = open_text(settings)
+    texts, n_bytes = [], 0
+    for piece in source.pieces(0, tokenizer.cuts):
+        texts.append(piece.text)
+        n_bytes += len(piece.text.encode())
+        if n_bytes > TOKENIZE_MB * 1e6:
+            break
+    backend = tokenizer.fast.backend_tokenizer
+    encode = {
+        "tokenize": tokenizer.encode_batch,
+        "tokenize_hf": lambda some: backend.encode_batch(some, add_special_tokens=False),
+        "tokenize_hf_fast": lambda some: backend.encode_batch_fast(some, add_special_tokens=False),
+    }[how]
+    began = time.perf_counter()
+    for first in range(0, len(texts), 16):
+        encode(texts[first : first + 16])
+    return n_bytes / 1e6 / (time.perf_counter() - began)
+
+
+CELLS = {
+    "prepare": prepare,
+    "cached": lambda settings: rows_per_second(settings, streaming=False),
+    "streamed": lambda settings: rows_per_second(settings, streaming=True),
+    "fed from the cache": waiting_share,
+    **{
+        how: lambda settings, how=how: megabytes_per_second(settings, how)
+        for how in ("tokenize", "tokenize_hf", "tokenize_hf_fast")
+    },
+}
+
+if __name__ == "__main__":
+    from gpt2_flax.errors import run_main
+
+    def main(argv):
+        print(json.dumps(CELLS[argv[0]](json.loads(argv[1]))))
+
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -1,0 +1,131 @@
+"""Runs of scripts/train.py that start at once: a process that has imported everything forks them.
+
+A run is a process of its own, with its own devices; it can be killed like any other. Used as
+    with Nursery(folder) as nursery:
+        run = nursery.start(["--max_steps", "3", ...], devices=2)
+        run.kill(); run.wait()
+"""
+
+import importlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+class Nursery:
+    def __init__(self, folder: pathlib.Path):
+        """folder: where the runs' output and the compiled programs go."""
+        self.folder, self.n_runs = folder, 0
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "HF_HOME": str(folder / "hf_home"),
+            "PYTHONWARNINGS": "ignore",  # of a fork beside threads: those are not in the child
+        }
+        command = [sys.executable, "-m", "tests.nursery"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=environment,
+        )  # fmt: skip
+
+    def start(self, argv: list[str], devices: int = 1) -> "Run":
+        self.n_runs += 1
+        output = self.folder / f"run {self.n_runs}.out"
+        return Run(self, self.ask("start", argv=argv, devices=devices, output=str(output)), output)
+
+    def ask(self, what: str, **arguments):
+        self.process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+class Run:
+    def __init__(self, nursery: Nursery, pid: int, output: pathlib.Path):
+        self.nursery, self.pid, self.output, self.code = nursery, pid, output, None
+
+    def poll(self) -> int | None:
+        """The exit code as the shell gives it, negative for a signal; None while it runs."""
+        if self.code is None:
+            self.code = self.nursery.ask("poll", pid=self.pid)
+        return self.code
+
+    def wait(self, seconds: float = 120) -> int:
+        last = time.monotonic() + seconds
+        while self.poll() is None:
+            assert time.monotonic() < last, f"still running:\n{self.text()}"
+            time.sleep(0.02)
+        return self.code
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def text(self) -> str:
+        return self.output.read_text("utf-8", errors="replace")
+
+
+def serve() -> None:
+    """In the nursery: import what a run needs, then fork one at each request."""
+    for name in ("matplotlib.figure", "orbax.checkpoint", "gpt2_flax.train", "scripts.train"):
+        importlib.import_module(name)
+
+    children = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["what"] == "start":
+            pid = os.fork()
+            if pid == 0:
+                live(request)
+            children.add(pid)
+            answer = pid
+        else:
+            pid, status = os.waitpid(request["pid"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+            children.discard(pid)
+        print(json.dumps(answer), flush=True)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def live(request: dict) -> None:
+    """In the child: be the run."""
+    from gpt2_flax.errors import run_main
+    from scripts.train import main
+
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    code = 1
+    try:
+        code = run_main(main, request["argv"])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
