@@ -78,9 +78,15 @@ def table(results: dict) -> str:
     """The results as lines of text."""
     width = max(map(len, results))
     return "\n".join(
-        f"{name:{width}}  {r['median']:>10,.4g} {r['unit']}  ({r['low']:,.4g} to {r['high']:,.4g})"
+        f"{name:{width}}  {shown(r['median']):>8} {r['unit']}"
+        f"  ({shown(r['low'])} to {shown(r['high'])})"
         for name, r in results.items()
     )
+
+
+def shown(value: float) -> str:
+    """A number to three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 # ---------------------------------------------------------------- cells of `data`

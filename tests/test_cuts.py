@@ -1,5 +1,6 @@
 """Wherever a text is cut, the ids of the pieces are the ids of the whole."""
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -247,6 +248,8 @@ def test_what_is_sure_about_characters_is_so_in_the_tokenizers_library():
     n_letters = len(characters(cuts.LETTER))
     assert (n_letters > 80_000, len(signs) > 4000, len(solid) - n_letters > 8000) == (True,) * 3
     assert all(kinds[ord(char)] & cuts.LETTER for char in "a\xe9\u0436\u6f22\u3042\ud55c\u0e01")
+    # A letter and a number that older tables than Python's don't have.
+    assert [*kinds[[0xA7AE, 0x1D2E0]]] == [cuts.SOLID] * 2
 
 
 def test_bytes_that_stand_side_by_side_in_no_token():
@@ -301,6 +304,32 @@ def test_an_apostrophe_counts_though_it_was_looked_at_before(n_chars):
     """The piece grows, and a place is judged by two characters before it."""
     with pieces_of(n_chars):
         assert list(cut_up("'" * 4 + "re x", merging().cuts)) == ["'" * 4 + "re", " x"]
+
+
+def test_a_space_ends_a_piece_though_other_places_are_nearer():
+    text = "words and" + "b!" * 300
+    with pieces_of(400):
+        assert list(cut_up(text, BETWEEN_PARTS))[:2] == ["words", " and" + "b!" * 198]
+
+
+def test_a_piece_that_has_grown_ends_before_a_space():
+    """Even where a token has the bytes on both sides."""
+    with pieces_of(2):
+        assert list(cut_up("!!!!!! x", merging("!!", "!\u0120").cuts)) == ["!!!!!!", " x"]
+
+
+@contextlib.contextmanager
+def characters_looked_at():
+    """The lengths of the stretches of text that the rules are applied to."""
+    lengths, kinds_of = [], cuts.kinds_of
+    with mock.patch.object(cuts, "kinds_of", lambda t: lengths.append(len(t)) or kinds_of(t)):
+        yield lengths
+
+
+def test_little_is_looked_at_where_spaces_are_many():
+    with pieces_of(1000), characters_looked_at() as lengths:
+        assert len(list(cut_up("some words " * 900, BETWEEN_PARTS))) == 10
+    assert sum(lengths) < 10 * 300
 
 
 def description_of(tokenizer) -> dict:
@@ -367,10 +396,10 @@ class Pairs:
     """Ids of words; ` of the` is one id. Counts what it is asked."""
 
     def __init__(self, prefix: str = ""):
-        self.prefix, self.n_calls = prefix, 0
+        self.prefix, self.n_calls, self.longest = prefix, 0, 0
 
     def __call__(self, text: str) -> list[str]:
-        self.n_calls += 1
+        self.n_calls, self.longest = self.n_calls + 1, max(self.longest, len(text))
         return re.findall(r" ?of the| ?[^ ]+", self.prefix + text)
 
 
@@ -379,6 +408,11 @@ def test_a_cut_between_words_is_tried_and_refused():
     with pieces_of(1):
         pieces = list(cut_up(text, VerifiedCuts(Pairs())))
     assert pieces == ["some", " of the", " words", " of the", " story, 12", " of the", " kind _ x"]
+
+
+def test_a_piece_of_the_full_length_is_tried():
+    with pieces_of(4):
+        assert list(cut_up("some word", VerifiedCuts(Pairs()))) == ["some", " word"]
 
 
 def test_trials_are_few():
@@ -391,6 +425,7 @@ def test_trials_are_few():
         assert list(cut_up(text, chosen)) == [text]
     stretches = 4  # up to 1000, 2000, 4000, 8000 characters
     assert encode.n_calls - before == 3 * 4 * stretches
+    assert encode.longest == 2 * cuts.TRIAL_CHARS
 
 
 def test_a_tokenizer_that_puts_something_first_gets_whole_documents():
@@ -413,6 +448,13 @@ def test_a_document_too_long_is_cut_between_words_and_counted():
     assert all(40 < len(piece) <= 50 for piece in pieces[:-1])
 
 
+def test_a_space_at_the_very_beginning_is_no_place():
+    chosen = VerifiedCuts(Pairs(prefix="_"))
+    with pieces_of(4, longest=50):
+        pieces = list(itertools.islice(cut_up(" " + "a" * 99, chosen), 9))
+    assert [len(piece) for piece in pieces] == [50, 50] and chosen.forced == 1
+
+
 # ---------------------------------------------------------------- words without end
 
 
@@ -431,14 +473,9 @@ def test_an_endless_word_is_looked_at_once():
     """However often it comes, each time a little longer."""
     chosen = make_tokenizer("bpe:258", ["aaaa"]).cuts
     text = "a" * 20_000
-    looked_at = []
-    kinds_of = cuts.kinds_of
-    with (
-        pieces_of(100),
-        mock.patch.object(cuts, "kinds_of", lambda t: looked_at.append(len(t)) or kinds_of(t)),
-    ):
+    with pieces_of(100), characters_looked_at() as lengths:
         assert stream(text, chosen, 10) == [text]
-    assert sum(looked_at) < 1.2 * len(text)
+    assert sum(lengths) < 1.2 * len(text)
     assert chosen.hopeless == ("", 0)  # and not kept in memory
 
 

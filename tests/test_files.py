@@ -168,6 +168,13 @@ def test_a_file_is_read_from_any_position(tmp_path, suffix, start):
         assert 0 <= file.fraction() <= 1
 
 
+def test_a_place_far_in_a_file_is_reached_at_once(tmp_path):
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(10**12)
+    with Bytes(tmp_path / "a.txt", 10**12 - 3) as file:
+        assert file.read(9) == bytes(3)
+
+
 @every_packing
 def test_the_size_is_that_of_the_unpacked_text(tmp_path, suffix):
     assert files.unpacked_size(write(tmp_path / f"a.txt{suffix}", TEXT)) == len(TEXT)
@@ -215,7 +222,10 @@ def damaged():
             yield pytest.param(suffix, content, id=f"{suffix} {what}")
     yield pytest.param(".zst", CHECKED.replace(b"hello", b"hallo"), id="a wrong letter")
     for suffix in (".gz", ".xz"):  # their checksums are always there
-        turned = bytearray(GOOD[suffix])
+        good = GOOD[suffix]
+        hole = good[:5_000] + b"\xff" * 500 + good[5_500:]
+        yield pytest.param(suffix, hole, id=f"{suffix} with a hole")
+        turned = bytearray(good)
         turned[len(turned) // 2] ^= 0x10
         yield pytest.param(suffix, bytes(turned), id=f"{suffix} a bit turned")
 

@@ -334,17 +334,27 @@ def test_white_space_is_held_back_up_to_a_limit(tmp_path, monkeypatch, separator
     check_restarts(source, CUTS)
 
 
+@pytest.mark.parametrize("block_bytes", [1, 4094, 4095, 4096, 4097, 4098, 4099, 4100])
+def test_the_longest_blank_line_separates_wherever_blocks_end(tmp_path, monkeypatch, block_bytes):
+    monkeypatch.setattr(cuts, "PIECE_CHARS", 1)
+    monkeypatch.setattr(files, "BLOCK_BYTES", block_bytes)
+    longest = " " * sources.BLANK_CHARS
+    path = write(tmp_path / "a.txt", f"a\r\n{longest}\nb\r\n{longest}\r\n")
+    assert documents(Files([path], Text("blank_line")), CUTS) == ["a", f"b\r\n{longest}\r\n"]
+
+
 def test_much_white_space_takes_little_memory(tmp_path):
     path = write(tmp_path / "a.txt", b"word\n" + b" " * 9_000_000 + b"\nword")
     for separator in ("blank_line", "<>"):
         pieces = Files([path], Text(separator)).pieces(0, CUTS)
         tracemalloc.start()
         try:
-            n_chars = sum(len(piece.text) for piece in pieces)
+            first = next(pieces)
+            n_chars = len(first.text) + sum(len(piece.text) for piece in pieces)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert n_chars == 9_000_010
+        assert n_chars == 9_000_010 and first.done < 0.6
         assert peak < 40_000_000
 
 
@@ -682,6 +692,23 @@ def test_split_gives_the_text_once_each(tmp_path, monkeypatch, share, suffix):
         assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
 
 
+def test_files_with_byte_order_marks_are_split(tmp_path):
+    paths = [write(tmp_path / name, BOM + name.encode() * 9) for name in "abc"]
+    train, held_out = Files(paths, Text()).split(1 / 3)
+    assert documents(train, CUTS) == ["a" * 9, "b" * 9]
+    assert documents(held_out, CUTS) == ["c" * 9]
+
+
+def test_progress_is_that_in_the_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuts, "PIECE_CHARS", 9)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 9)
+    paths = [write(tmp_path / name, "some words\n" * 99) for name in "abcd"]
+    for part in Files(paths, Text()).split(0.25):
+        shares = [piece.done for piece in part.pieces(0, CUTS)]
+        assert shares == sorted(shares) and shares[0] < 0.1 and shares[-1] == pytest.approx(1)
+        assert shares[len(shares) // 2] == pytest.approx(0.5, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("text", "held_out"),
     [
@@ -749,6 +776,30 @@ def test_split_is_between_documents(tmp_path, kind, share, suffix):
         shares = [piece.done for piece in check_restarts(part, CUTS)]
         assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
     assert len({train.key, held_out.key, make(kind, tmp_path, *texts, suffix=suffix).key}) == 3
+
+
+@pytest.mark.parametrize("search_bytes", [1, 3, sources.SEARCH_BYTES])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.9])
+def test_split_is_between_blank_lines(tmp_path, monkeypatch, share, search_bytes):
+    monkeypatch.setattr(sources, "SEARCH_BYTES", search_bytes)
+    texts = [f"document {n}\nin two lines" for n in range(50)]
+    source = Files([write(tmp_path / "a.txt", "\n \r\n\n".join(texts))], Text("blank_line"))
+    first, second = (documents(part, CUTS) for part in source.split(share))
+    assert first + second == texts
+    assert len(second) == pytest.approx(share * len(texts), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("separator", "first", "second"),
+    [(END, "aaaaaaaaaa", "b"), ("\n---\n", "aaaa bbbb cccc dddd", "b"), (" - ", "a" * 9, "b")],
+)
+def test_a_separator_is_never_cut_in_two(tmp_path, separator, first, second):
+    """What is behind it is less than half of the share; the share begins in it or before it."""
+    path = write(tmp_path / "a.txt", first + separator + second)
+    for share in (0.25, 0.3, 0.35, 0.4, 0.45):
+        parts = Files([path], Text(separator)).split(share)
+        got = [document for part in parts for document in documents(part, CUTS)]
+        assert "".join(got) == first + second, share
 
 
 @many

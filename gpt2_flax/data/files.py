@@ -138,8 +138,7 @@ class Spool:
             self.file.write(block)
             self.file.flush()
         except OSError:
-            with contextlib.suppress(OSError):
-                self.file.close()  # which tries to write it again
+            self.file.close()  # which tries to write it again, and fails as well
             raise
 
     def __str__(self):

@@ -29,6 +29,7 @@ from gpt2_flax.data.cuts import cut_up
 from gpt2_flax.errors import UserError
 
 FILE = 1 << 44  # a position is FILE x the file's number + the place in it
+SEARCH_BYTES = 1 << 20  # read at once where a place to split a file is looked for
 BLANK_LINE = "blank_line"
 # White space of a line that counts as blank, and of a document that is left out: bounds, so that
 # no more of a text has to be held than this.
@@ -148,7 +149,7 @@ class Text:
         longest = BLANK_CHARS + 2 if self.blank_lines else len(self.separator.encode())
         held = b""
         with files.Bytes(path, max(0, at - longest)) as file:
-            while block := file.read(1 << 20):
+            while block := file.read(SEARCH_BYTES):
                 held += block
                 for found in self.pattern_of_bytes.finditer(held):
                     if (begins := file.at - len(held) + found.end()) >= at:
@@ -162,11 +163,11 @@ class Text:
         separator = b"" if self.blank_lines else self.separator.encode()
         begin = max(0, at - 1 - len(separator))
         with files.Bytes(path, begin) as file:
-            block = file.read(1 << 20)
+            block = file.read(SEARCH_BYTES)
         before = at - 1 - begin
         marks = (block.find(mark, before) + 1 for mark in (b"\n", b" "))
         cut = next((cut for cut in marks if 0 < cut < len(block)), 0)
-        cut = cut or re.compile(rb".?[\x80-\xbf]*", re.DOTALL).match(block, before).end()
+        cut = cut or re.compile(rb".?[\x80-\xbf]*").match(block, before).end()
         # Not inside a separator: it would be none any more.
         begins = block.find(separator, max(0, cut - len(separator) + 1), cut + len(separator) - 1)
         return begin + (cut if not separator or begins < 0 else begins)
@@ -264,7 +265,7 @@ class JsonLines:
         """The beginning of the line that a byte stands in."""
         begins = 0
         with files.Bytes(path) as file:
-            while file.at < at and (block := file.read(min(1 << 20, at - file.at))):
+            while file.at < at and (block := file.read(min(SEARCH_BYTES, at - file.at))):
                 if b"\n" in block:
                     begins = file.at - len(block) + block.rindex(b"\n") + 1
         return begins
