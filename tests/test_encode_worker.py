@@ -148,6 +148,21 @@ def test_the_program_imports_no_slow_library():
     assert modules.isdisjoint({"jax", "transformers", "huggingface_hub", "datasets", "yaml"})
 
 
+def test_what_a_library_prints_is_not_taken_for_an_answer(tokenizer, tmp_path, monkeypatch, capfd):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Loud:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'numpy': print('a library says hello', flush=True)\n"
+        "sys.meta_path.insert(0, Loud())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with EncodePool(tokenizer, 1) as pool:
+        found = pool.submit(["text"]).result(PATIENCE_SECONDS)
+    check_same(found, tokenizer.encode_batch(["text"]))
+    assert "hello" in capfd.readouterr().err
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -259,8 +274,10 @@ for _ in range({99 * at_work}):
 print(*(worker.pid for worker in pool.workers), flush=True)
 time.sleep(600)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe) as parent:
         workers = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(workers) == 2 and all(map(is_running, workers))
         parent.kill()
-    wait_until(lambda: not any(map(is_running, workers)))
+        wait_until(lambda: not any(map(is_running, workers)))
+        assert parent.stderr.read() == b""

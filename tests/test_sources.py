@@ -830,6 +830,18 @@ def test_a_single_row_is_trained_on(tmp_path):
         assert documents(train, CUTS) == ["alone " * 50] and documents(held_out, CUTS) == []
 
 
+def test_a_share_that_begins_with_a_document_is_exact(tmp_path):
+    lines = "".join(f'{{"text": "{n}"}}\n' for n in range(8))
+    for path, reader in (
+        (write(tmp_path / "a.jsonl", lines), JsonLines("text")),
+        (write(tmp_path / "a.txt", "".join(f"{n}<>" for n in range(8))), Text("<>")),
+        (write(tmp_path / "b.txt", "".join(f"{n}\n\n" for n in range(8))), Text("blank_line")),
+        (write_parquet(tmp_path / "a", [str(n) for n in range(8)]), Parquet("text", tmp_path)),
+    ):
+        train, held_out = Files([path], reader).split(0.25)
+        assert documents(train, CUTS) == [*"012345"] and documents(held_out, CUTS) == [*"67"]
+
+
 def test_the_last_line_of_json_is_held_out_whole_however_long(tmp_path):
     train, held_out = make("jsonl", tmp_path, ["a", "b", "c" * 999]).split(0.05)
     assert documents(train, CUTS) == ["a", "b"] and documents(held_out, CUTS) == ["c" * 999]

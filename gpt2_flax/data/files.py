@@ -207,11 +207,13 @@ class Bytes:
 
     def __init__(self, path, start: int = 0):
         self.path, self.at = path, 0
-        with read_errors(path):
+        try:
             self.raw = path.open() if isinstance(path, Spool) else open(path, "rb")  # noqa: SIM115
             self.n_raw = self.raw.seek(0, os.SEEK_END)
             self.raw.seek(0)
             self.stream = unpacked(self.raw, path)
+        except READ_ERRORS as error:
+            raise unreadable(path, error) from error
         if self.stream is self.raw:
             self.at = self.raw.seek(start)
         try:
@@ -222,14 +224,18 @@ class Bytes:
             raise
 
     def read(self, size: int) -> bytes:
-        with read_errors(self.path):
+        try:
             data = self.stream.read(size)
+        except READ_ERRORS as error:
+            raise unreadable(self.path, error) from error
         self.at += len(data)
         return data
 
-    def readline(self, limit: int = -1) -> bytes:
-        with read_errors(self.path):
-            line = self.stream.readline(limit)
+    def readline(self) -> bytes:
+        try:
+            line = self.stream.readline()
+        except READ_ERRORS as error:
+            raise unreadable(self.path, error) from error
         self.at += len(line)
         return line
 
@@ -310,26 +316,18 @@ class _Reading(io.RawIOBase):
         return len(data)
 
 
-class read_errors:  # noqa: N801
-    """Context that turns what a file can raise while it is read into a UserError."""
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
-    def __init__(self, path):
-        self.path = path
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, EOFError | zlib.error | lzma.LZMAError | gzip.BadGzipFile) or (
-            isinstance(error, OSError) and error.errno is None  # Arrow's, of zstd
-        ):
-            reason = first_line(error) if str(error) else "it ends too early"
-            raise UserError(
-                f"{self.path} is damaged or not complete: {reason}\n"
-                f"  fetch it again, or test it: {tester(self.path)} -t {self.path}"
-            ) from error
-        if isinstance(error, OSError):
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
+def unreadable(path, error: Exception) -> UserError:
+    """The error for what was raised while a file was read."""
+    if getattr(error, "errno", None) is not None:  # gzip's and Arrow's OSErrors have none
+        return UserError(f"cannot read {path}: {error.strerror}")
+    reason = first_line(error) if str(error) else "it ends too early"
+    return UserError(
+        f"{path} is damaged or not complete: {reason}\n"
+        f"  fetch it again, or test it: {tester(path)} -t {path}"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ Pieces are cut (by `cuts`, data/cuts.py) where the ids of the pieces are those o
 import codecs
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -248,11 +249,14 @@ class JsonLines:
                 f"column {self.column} holds {type(text).__name__}, not text\n"
                 "  set --text_column to one that holds text"
             )
-        if text and self.errors == "strict" and (half := re.search("[\ud800-\udfff]", text)):
-            raise fault(
-                f"half of a surrogate pair, \\u{ord(half.group()):04x}\n"
-                "  mend the line, or put U+FFFD there: --encoding_errors replace"
-            )
+        if text and self.errors == "strict":
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise fault(
+                    f"half of a surrogate pair, \\u{ord(text[error.start]):04x}\n"
+                    "  mend the line, or put U+FFFD there: --encoding_errors replace"
+                ) from error
         return text
 
     def next_document(self, path, at: int) -> int | None:
@@ -377,6 +381,7 @@ class Files:
         self.name = name or (str(paths[0]) if len(paths) == 1 else f"{len(paths)} files")
         self.found = Counter()
         self.sizes = [size_on_disk(path) for path in paths]
+        *self.sizes_before, self.total = itertools.accumulate(self.sizes, initial=0)
         whole = reader.key, part and part[:2]
         self.key = digest([describe(path) for path in paths], whole)
         self.fingerprint = digest([describe(path)[1:3] for path in paths], whole)
@@ -403,7 +408,7 @@ class Files:
         return (cut(), None) if is_held_out else (0, cut())
 
     def done(self, number: int, fraction: float) -> float:
-        read = (sum(self.sizes[:number]) + fraction * self.sizes[number]) / sum(self.sizes)
+        read = (self.sizes_before[number] + fraction * self.sizes[number]) / self.total
         if self.part is not None:
             share, is_held_out, _ = self.part
             read = (read - 1 + share) / share if is_held_out else read / (1 - share)

@@ -36,13 +36,16 @@ BYTES_A_WORD = 64  # that the dict takes, beside the word and its ids
 class Encoder:
     """Text -> ids, without special tokens added. Threads may share one.
 
-    A byte-level BPE is asked once for the ids of a word, with the white space before it, and they
-    are kept: most text consists of few words. They take at most about MOST_KEPT_BYTES.
+    A byte-level BPE is asked once for the ids of a word or of what stands between two, with the
+    white space before it, and they are kept: most text consists of few words. What is kept takes
+    at most about MOST_KEPT_BYTES.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
-        self.splits = is_byte_level(json.loads(backend.to_str()))
+        description = json.loads(backend.to_str())
+        self.splits = is_byte_level(description)
+        self.added = [token["content"] for token in description["added_tokens"]]
         self.kept: dict[str, bytes] = {}
         self.kept_bytes = 0
         self.lock = threading.Lock()
@@ -56,7 +59,7 @@ class Encoder:
         """int32 ids of each text."""
         if not self.splits:
             return [np.array(ids, np.int32) for ids in self.ask(texts)]
-        words = [word_pattern().findall(text) for text in texts]
+        words = [*map(self.split, texts)]
         found = [[*map(self.kept.get, of_text)] for of_text in words]
         pairs = [
             [*zip(of_text, ids, strict=True)] if None in ids else []
@@ -67,6 +70,14 @@ class Encoder:
             for n, of_text in enumerate(pairs):
                 found[n] = [learned.get(*pair) for pair in of_text] or found[n]
         return [np.frombuffer(bytearray().join(ids), np.int32) for ids in found]
+
+    def split(self, text: str) -> list[str]:
+        """A text in words: no token of a byte-level BPE is of two of them."""
+        in_words, at_spaces = word_patterns()
+        # An added token is found before anything is split, whatever it consists of but spaces.
+        return (at_spaces if any(token in text for token in self.added) else in_words).findall(
+            text
+        )
 
     def learn(self, words: list[str]) -> dict[str, bytes]:
         """The ids of words, which are kept."""
@@ -89,15 +100,22 @@ class Encoder:
 
 
 @functools.cache
-def word_pattern() -> re.Pattern:
-    """White space and what follows up to the next: no token of a byte-level BPE is of two such.
+def word_patterns() -> tuple[re.Pattern, re.Pattern]:
+    """(words and what stands between them, what stands between spaces), both with spaces before.
 
-    Where it is not certain that the last character isn't white space, too, the next is added.
+    These are places where `ByteLevelCuts` would cut. Beyond ASCII, and behind an apostrophe, even
+    the first pattern takes all up to the next space, and that up to the one after it where it is
+    not certain that the last character isn't white space, too.
     """
     bounds = np.flatnonzero(np.diff(kinds_of_characters() & SOLID, prepend=0, append=0))
     solid = "".join(rf"\U{a:08x}-\U{b - 1:08x}" for a, b in bounds.reshape(-1, 2).tolist())
     space, other = r"[ \t\r\n]", r"[^ \t\r\n]"
-    return re.compile(rf"{space}*+{other}++(?:(?<![{solid}]){space}+{other}*)*+|{space}+")
+    to_space = rf"{other}++(?:(?<![{solid}]){space}+{other}*)*+"
+    letter, sign = "A-Za-z", r"!-&(-@\[-`{-~"  # digits are signs here, the apostrophe is neither
+    letters = rf"[{letter}]++(?![^{letter}{sign}'\ \t\r\n])"
+    signs = rf"[{sign}]++(?![^{letter}\ \t\r\n])"
+    in_words = rf"{space}*+(?:{letters}|{signs}|{to_space})|{space}+"
+    return re.compile(in_words), re.compile(rf"{space}*+{to_space}|{space}+")
 
 
 class Tokenizer:
