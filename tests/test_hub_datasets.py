@@ -220,6 +220,14 @@ def test_rows_of_wikitext_are_split_between_articles(few_at_once, share, n_artic
     assert documents(held_out, CUTS) == TEXTS_OF_ARTICLES[3 - n_articles :]
 
 
+def test_headings_divide_wikitext_alone(few_at_once, make_stream):
+    rows = make_rows(LINES, STORIES).split(0.5)
+    stream = make_stream(LINES, name=STORIES, n_rows=len(LINES)).split(0.34)
+    for parts, n_rows in ((rows, 7), (stream[::-1], 5)):
+        got = [documents(part, CUTS) for part in parts]
+        assert got == [[*filter(None, LINES[:n_rows])], [*filter(None, LINES[n_rows:])]]
+
+
 def test_a_long_article_is_split(few_at_once, make_stream):
     """No other begins in the first half of the share."""
     lines = [" = One = \n", *(f" line {n} \n" for n in range(40))]
