@@ -106,14 +106,14 @@ class Checkpoints:
             )
         return None
 
-    def newest_meta(self) -> dict | None:
-        """The meta item of the newest checkpoint that has a readable one."""
+    def newest_meta(self) -> tuple[int, dict | None]:
+        """(step, meta item) of the newest checkpoint that has a readable one; else 0, None."""
         for step in reversed(self.steps()):
             try:
-                return read_meta(self.folder / str(step))
+                return step, read_meta(self.folder / str(step))
             except Exception as error:
                 log.debug("meta of step %s: %s", step, error)
-        return None
+        return 0, None
 
     def set_aside(self, step: int) -> None:
         """Rename a step, so that Orbax neither offers it nor skips saves up to it."""

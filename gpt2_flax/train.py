@@ -64,10 +64,13 @@ def train(config: TrainConfig) -> int:
             save_settings(config, tokenizer, output_dir)
         checkpoints = checkpoint.Checkpoints(output_dir, config.keep)
         cleanup.callback(checkpoints.close)
-        run = build_run(config, model_config, train_rows, checkpoints)
+        newest, newest_meta = checkpoints.newest_meta()
+        run = build_run(config, model_config, train_rows, newest, newest_meta)
 
         # -------------------------------------------------------- restore
         state, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
+        if int(state.step) != newest:  # that one is damaged: another number of steps is left
+            run = build_run(config, model_config, train_rows, int(state.step), meta)
         run_log = metrics.RunLog(output_dir, config.report_to, dataclasses.asdict(config))
         cleanup.callback(run_log.close)
         run_log.forget_after(int(state.step))
@@ -289,7 +292,8 @@ class Run:
     peak: float | None  # FLOP/s of all devices
 
 
-def build_run(config, model_config, rows, checkpoints) -> Run:
+def build_run(config, model_config, rows, first_step: int, meta: dict | None) -> Run:
+    """What the loop needs to go on after a step. meta: of that step's checkpoint, if any."""
     module = FlaxGPT2LMHeadModule(
         model_config,
         jnp.dtype(config.dtype),
@@ -297,13 +301,14 @@ def build_run(config, model_config, rows, checkpoints) -> Run:
     )
     at_once = jax.device_count() * config.batch_size
     global_batch = at_once * config.grad_accum
-    newest = checkpoints.newest_meta()
-    if newest is not None and newest["global_batch"] != global_batch:
-        global_batch = keep_global_batch(newest["global_batch"], config)
+    if meta is not None and meta["global_batch"] != global_batch:
+        global_batch = keep_global_batch(meta["global_batch"], config)
 
     row_limit = math.inf if config.max_steps else round(config.epochs * rows.count)
-    total_steps = config.max_steps or math.ceil(row_limit / global_batch)
-    if not total_steps:
+    # A step that ended the run before it was given more epochs may have been a short one.
+    rows_left = row_limit - (meta["cursor"]["rows"] if meta is not None else 0)
+    total_steps = config.max_steps or first_step + math.ceil(rows_left / global_batch)
+    if row_limit < 1:
         raise UserError(
             f"{config.epochs} epochs of {rows.count} rows are no step\n  raise --epochs"
         )

@@ -134,13 +134,15 @@ def test_every_row_comes_once_an_epoch(make):
     assert [cursor["rows"] for *_, cursor in batches[:-1]] == [*range(SIZE, 3 * EPOCH, SIZE)]
 
 
-def test_a_run_that_is_given_more_epochs_goes_on_with_the_next_row():
+@every_kind
+@pytest.mark.parametrize("limit", [1, SIZE - 1, EPOCH, EPOCH + 3])
+def test_a_run_that_is_given_more_epochs_goes_on_with_the_next_row(make, limit):
     """Padding of its last batch used up no row."""
-    rows = stored()
-    first = list(rows.batches(rows.start, SIZE, EPOCH, ALL))
-    assert first[-1].cursor == {"rows": EPOCH}
+    rows = make()
+    first = list(rows.batches(rows.start, SIZE, limit, ALL))
+    assert first[-1].cursor["rows"] == limit
     assert (first[-1].batch.length_B == 0).any()
-    more = list(rows.batches(first[-1].cursor, SIZE, 2 * EPOCH, ALL))
+    more = list(make().batches(first[-1].cursor, SIZE, 2 * EPOCH, ALL))
     at_once = list(rows.batches(rows.start, SIZE, 2 * EPOCH, ALL))
     assert row_numbers(first) + row_numbers(more) == row_numbers(at_once)
 

@@ -253,6 +253,52 @@ def test_more_steps_extend_a_run(run, finished, tmp_path):
     assert [row["step"] for row in rows] == [3, 6, 9, 12, 15]
 
 
+@pytest.mark.parametrize("flags", [(), ("--streaming",)], ids=["stored", "streamed"])
+def test_more_epochs_extend_a_run_whose_last_step_was_short(run, tmp_path, flags):
+    """Each row is used once an epoch, as in a run of that many epochs from the start."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} of {n * n}\n" for n in range(150)))
+    flags = (*flags, "--train_file", str(text), "--ledger", "--eval_every", "0", "--max_steps",
+             "0", "--validation_share", "0", "--block_size", "24")  # fmt: skip
+
+    def rows(name, *epochs):
+        for n_epochs in epochs:
+            assert run(tmp_path / name, *flags, "--epochs", n_epochs) == 0
+        lines = metrics.read_log(tmp_path / name / "ledger.jsonl")
+        assert [line["step"] for line in lines] == [*range(1, len(lines) + 1)]
+        return [len(line["rows"]) for line in lines], [
+            row for line in lines for row in line["rows"]
+        ]
+
+    sizes, extended = rows("extended", "1", "1.3", "2")
+    at_once_sizes, at_once = rows("at once", "2")
+    assert extended == at_once
+    batch = at_once_sizes[0]
+    assert [size for size in at_once_sizes if size < batch] == [len(at_once) % batch]
+    assert len([size for size in sizes if size < batch]) == 3
+    log = metrics.read_log(tmp_path / "extended" / "metrics.jsonl")
+    assert log[-1]["epoch"] == 2 and log[-1]["step"] == len(sizes)
+
+
+def test_a_damaged_short_step_is_made_again(run, tmp_path, caplog):
+    """The steps left are counted from the checkpoint that the run goes on from."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {n} of {n * n}\n" for n in range(150)))
+    flags = ("--train_file", str(text), "--eval_every", "0", "--max_steps", "0",
+             "--validation_share", "0")  # fmt: skip
+    run(tmp_path / "run", *flags)
+    steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(steps[-1]) / "state")
+    assert run(tmp_path / "run", *flags, "--epochs", "2") == 0
+    assert run(tmp_path / "at once", *flags, "--epochs", "2") == 0
+    last = [
+        metrics.read_log(tmp_path / name / "metrics.jsonl")[-1]["step"]
+        for name in ("run", "at once")
+    ]
+    assert last[0] == last[1]
+    assert f"checkpoint {steps[-1]} cannot be read" in caplog.text
+
+
 def test_a_stop_outlives_the_reader_of_its_words(run, tmp_path, monkeypatch):
     """Ctrl-C in `train.py 2>&1 | tee log` also ends tee."""
 

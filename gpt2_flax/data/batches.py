@@ -79,7 +79,7 @@ class StoredRows:
             real = position < limit
             rows = self.rows_at(np.where(real, position, first))
             ids = self.read(rows[slots, 1])
-            first = min(first + size, limit)
+            first += int(real.sum())
             yield Taken(make_batch(ids, real[slots], slots, size), rows[real], {"rows": first})
 
 
@@ -187,21 +187,24 @@ class StreamedRows:
         windows = self.windows(cursor)
         behind = cursor
         while total < limit:
-            while len(waiting) < size:
+            n_taken = int(min(size, limit - total))
+            while len(waiting) < n_taken:
                 rows, names, behind = next(windows)
                 waiting = np.concatenate([waiting, rows[used:]])
                 waiting_names = np.concatenate([waiting_names, names[used:]])
                 n_rows, used = len(rows), 0
-            ids, waiting = waiting[:size], waiting[size:]
-            names, waiting_names = waiting_names[:size], waiting_names[size:]
-            real = total + np.arange(size) < limit
-            total += size
+            place = np.arange(size)
+            real = place < n_taken
+            ids = waiting[np.where(real, place, 0)[slots]].astype(np.int32)
+            taken, waiting = waiting_names[:n_taken], waiting[n_taken:]
+            waiting_names = waiting_names[n_taken:]
+            total += n_taken
             # A window used up to its end is read again on resume, for none of its rows: cheap,
             # and the cursor needs no second case. `used` counts from the newest window's first
-            # row; rows waiting from an older one cannot be, as `waiting` was shorter than size.
+            # row; rows waiting from an older one cannot be: `waiting` was shorter than a batch.
             yield Taken(
-                make_batch(ids[slots].astype(np.int32), real[slots], slots, size),
-                names[real],
+                make_batch(ids, real[slots], slots, size),
+                taken,
                 behind | {"rows": total, "used": n_rows - len(waiting)},
             )
 
