@@ -68,7 +68,9 @@ class TrainConfig:
     )
     validation_file: tuple[str, ...] = setting((), "files of the same kinds to evaluate on")
     validation_share: float = setting(
-        0.05, "share of the text held out from its end when there is no validation text"
+        0.05,
+        "share of the text held out from its end (of a dataset that is streamed: from its"
+        " beginning) when there is no validation text; 0: no evaluation",
     )
     tokenizer: str = setting(
         "gpt2", "gpt2, another name on the hub, a local directory, bytes, or bpe:N"
@@ -471,8 +473,13 @@ def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[
     conflicts = [
         ({"dataset", "dataset_config", "dataset_split"}, bool(c.train_file), "train_file"),
         (
-            {"dataset_config", "dataset_split", "text_column"},
+            {"dataset_config", "dataset_split"},
             c.dataset == EMBEDDED_DATASET and not c.train_file,
+            f"dataset {c.dataset}",
+        ),
+        (
+            {"text_column"},
+            c.dataset == EMBEDDED_DATASET and not (c.train_file or c.validation_file),
             f"dataset {c.dataset}",
         ),
         (
@@ -480,9 +487,12 @@ def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[
             not (c.train_file or c.validation_file),
             f"dataset {c.dataset}",
         ),
-        ({"document_separator"}, not c.add_eos, "add_eos false"),
         ({"validation_share"}, bool(c.validation_file), "validation_file"),
-        ({"validation_share"}, has_own_validation(c), f"dataset {c.dataset}"),
+        (
+            {"validation_share"},
+            c.validation_share > 0 and c.dataset == EMBEDDED_DATASET and not c.train_file,
+            f"dataset {c.dataset}",
+        ),
         ({"shuffle_window"}, not c.streaming, "streaming false"),
         ({"shuffle_window"}, not c.shuffle, "shuffle false"),
         (
@@ -501,10 +511,6 @@ def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[
         for name in sorted((names & given) - doubtful)
         if getattr(c, name) != FIELDS[name].default
     ]
-
-
-def has_own_validation(c: TrainConfig) -> bool:
-    return c.dataset == EMBEDDED_DATASET and not c.train_file
 
 
 def dump_yaml(config: TrainConfig) -> str:

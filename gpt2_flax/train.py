@@ -83,6 +83,7 @@ def train(config: TrainConfig) -> int:
         state, stopped_by = loop(
             run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger
         )
+        opening.warn_of_stream(train_rows)
         if stopped_by is not None:
             say(f"saved step {int(state.step)}; the same command goes on from there")
             return 128 + stopped_by

@@ -216,6 +216,29 @@ def test_a_text_that_is_no_text_to_train_on_is_refused(
     assert not [name for name in left if name.endswith((".tmp", ".lock"))]
 
 
+def test_a_held_out_part_of_white_space_is_refused(train, tmp_path):
+    path = write_text(tmp_path / "text.txt", "Some words of a line.\n" * 99 + "\n" * 999)
+    code, stderr = train("--train_file", path)
+    assert code == 2
+    check_refusal(
+        stderr,
+        r"text\.txt where it is held out holds nothing but white space\n"
+        r"  give a --validation_file, another --validation_share, or --validation_share 0",
+    )
+
+
+def test_what_a_stream_held_is_told_at_the_end(train, tmp_path):
+    """With max_steps it was not read before."""
+    path = write_text(tmp_path / "text.txt", b"caf\xe9 \0 words\r\n" * 99)
+    flags = ("--streaming", "--encoding_errors", "replace", "--validation_share", 0)
+    code, stderr = train("--train_file", path, "--max_steps", 2, *flags)
+    assert code == 0
+    read = r"text\.txt, as far as it was read: "
+    assert re.search(rf"{read}bytes that are not UTF-8 became U\+FFFD in 99 places\n", stderr)
+    assert re.search(rf"{read}99 NUL characters are kept", stderr)
+    assert re.search(rf"{read}99 line ends are CRLF", stderr)
+
+
 @pytest.mark.parametrize(
     ("flag", "match"),
     [("--train_file", "train_file .* is a directory without text: .*\n  name its files"),

@@ -221,9 +221,9 @@ def test_rows_of_wikitext_are_split_between_articles(few_at_once, share, n_artic
 
 
 def test_headings_divide_wikitext_alone(few_at_once, make_stream):
-    rows = make_rows(LINES, STORIES).split(0.5)
+    rows = make_rows(LINES, STORIES).split(0.4)
     stream = make_stream(LINES, name=STORIES, n_rows=len(LINES)).split(0.34)
-    for parts, n_rows in ((rows, 7), (stream[::-1], 5)):
+    for parts, n_rows in ((rows, 9), (stream[::-1], 5)):
         got = [documents(part, CUTS) for part in parts]
         assert got == [[*filter(None, LINES[:n_rows])], [*filter(None, LINES[n_rows:])]]
 
@@ -274,7 +274,7 @@ def test_a_stream_of_unknown_length_cannot_be_split(make_stream):
 @every_format
 def test_a_directory_is_read_kept_or_streamed(tmp_path, few_at_once, streaming, ending):
     shards = [[f"{name}{n} a story" for n in range(size)] for name, size in [("a", 9), ("b", 5)]]
-    folder = write_dataset(tmp_path / "stories", ending, train=shards, validation=[["v1", "v2"]])
+    folder = write_dataset(tmp_path / "stories", ending, train=shards, validation=[["v1"], ["v2"]])
     train, held_out = open_parts(folder, tmp_path, streaming=streaming)
     assert documents(train, CUTS) == [*itertools.chain(*shards)]
     assert documents(held_out, CUTS) == ["v1", "v2"]
@@ -370,6 +370,23 @@ def test_a_share_is_held_out_where_a_dataset_has_no_validation_split(tmp_path, f
 
 
 @both_ways
+def test_a_share_is_no_choice_where_a_dataset_has_its_own_validation_split(tmp_path, streaming):
+    folder = write_dataset(tmp_path / "stories", train=[["a"]], validation=[["v"]])
+
+    def texts(**settings):
+        config = TrainConfig(dataset=str(folder), streaming=streaming, **settings)
+        return [part and documents(part, CUTS) for part in open_sources(config, tmp_path)]
+
+    assert texts() == [["a"], ["v"]]
+    assert texts(validation_share=0.0) == [["a"], None]
+    with refused(
+        r"^validation_share 0\.2 has no effect: \S*stories has a validation split of its own\n"
+        r"  leave it out; 0 for no evaluation$"
+    ):
+        texts(validation_share=0.2)
+
+
+@both_ways
 @every_format
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -404,6 +421,36 @@ def test_an_empty_split_is_named(tmp_path, split):
     (tmp_path / "stories" / "train.csv").write_text("n,text\n" + "1,a\n" * ("[" in split))
     with refused(rf"^split {re.escape(split)} of dataset \S*stories is empty \(0 rows\)$"):
         open_parts(tmp_path / "stories", tmp_path, dataset_split=split)
+
+
+@both_ways
+def test_only_what_is_no_split_is_called_none(tmp_path, monkeypatch, streaming):
+    """Arrow's errors are ValueErrors, too."""
+    folder = write_dataset(tmp_path / "stories", train=[["a"]])
+    method = "as_streaming_dataset" if streaming else "as_dataset"
+    plain = getattr(datasets.DatasetBuilder, method)
+
+    def fail(self, split=None, **settings):
+        if split is None:
+            return plain(self, **settings)
+        raise pyarrow.ArrowInvalid("the file is too small")
+
+    monkeypatch.setattr(datasets.DatasetBuilder, method, fail)
+    with refused(r"^dataset \S*stories cannot be read: the file is too small$"):
+        open_parts(folder, tmp_path, streaming=streaming)
+
+
+def test_rows_that_cannot_be_read_any_more_are_named():
+    class Damaged(list):
+        def __getitem__(self, place):
+            raise pyarrow.ArrowInvalid("the file is too small")
+
+    rows = Rows(lambda: Damaged([1]), STORIES, "text", "key")
+    with refused(
+        r"^dataset someone/stories cannot be read: the file is too small\n"
+        r"  remove it from Hugging Face's cache, and it is fetched again$"
+    ):
+        list(rows.pieces(0, CUTS))
 
 
 @both_ways
@@ -533,7 +580,7 @@ def test_another_request_is_looked_at_by_itself(online, tmp_path, monkeypatch):
     assert len(online.asked) == 4
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "5", '{"revision": "1"}', "\ufffe"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "5", '{"revision": "1"}', "\ufffe"])
 def test_a_note_that_cannot_be_used_is_made_anew(online, tmp_path, content):
     online.hold(STORIES, "1", train=[["a"]])
     first = open_parts(STORIES, tmp_path)[0]

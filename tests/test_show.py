@@ -1,11 +1,14 @@
 """`--show_data` shows the rows of a run as they are trained on."""
 
+from collections import Counter
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from gpt2_flax.data import show, token_files
 from gpt2_flax.data.batches import StoredRows, StreamedRows
-from gpt2_flax.data.sources import Files, Text
+from gpt2_flax.data.sources import Files, Piece, Text
 from gpt2_flax.data.tokenizers import make_tokenizer
 from tests.texts import write
 
@@ -125,6 +128,18 @@ def test_a_stream_of_unknown_length_is_shown_to_its_end(shown):
         "row 0: 97 98 99 256 100 101",
         "row 1: 101 102 103 104 256 105",
     ]
+
+
+@both_ways
+def test_pieces_without_ids_begin_no_document(tmp_path, open_rows):
+    pieces = [("", 0, False), ("ab", 0, True), ("", 1, True), ("cde", 2, False), ("f", 2, True)]
+    source = SimpleNamespace(
+        name="made up", key="key", fingerprint="key", found=Counter(),
+        pieces=lambda start, cuts: (Piece(*piece) for piece in pieces),
+    )  # fmt: skip
+    rows, about = open_rows(source, tmp_path, add_eos=False)
+    lines = list(show.lines(rows, None, about, False, TOKENIZER, 1))
+    assert lines[3:] == ['  a document begins: "ab"', '  a document begins: "cdef"']
 
 
 def test_ids_of_files_are_shown_with_documents_behind_end_of_text(tmp_path):

@@ -1,11 +1,16 @@
 """A text is tokenized once; what is damaged is found; ids that others made are read."""
 
+import concurrent.futures
+import errno
+import fcntl
+import itertools
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -234,11 +239,14 @@ def test_a_text_of_white_space_alone_is_refused(tmp_path):
     source = Documents([])
     source.parts = [source_piece(" \n"), source_piece("\t\u3000")]
     tokenizer = make_tokenizer("bytes", ())
-    with pytest.raises(UserError, match=r"^documents holds nothing but white space"):
-        token_file(source, tokenizer, True, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"^documents holds nothing but white space"):
-        StreamedRows(source, tokenizer, True, 2, 0, True, 4).measure()
+    for part, where in ((None, ""), ((0.1, True, 7), " where it is held out")):
+        source.part = part
+        match = rf"^documents{where} holds nothing but white space\n  \w+"
+        with pytest.raises(UserError, match=match):
+            token_file(source, tokenizer, True, tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(UserError, match=match):
+            StreamedRows(source, tokenizer, True, 2, 0, True, 4).measure()
 
 
 def source_piece(text):
@@ -290,7 +298,99 @@ def test_after_a_kill_the_next_process_starts_anew_and_clears_up(tmp_path):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == SUFFIXES
 
 
+def test_without_locks_nobody_removes_what_another_process_writes(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with start_writer(tmp_path, 60) as first:
+        assert first.stdout.readline() == "encoding\n"
+        written = set(tmp_path.glob("*.tmp"))
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        assert every_id(make(tmp_path, [*range(50)])) == [*range(50), 999]
+        assert written and set(tmp_path.glob("*.tmp")) == written
+        first.kill()
+
+
+def test_the_lock_s_file_may_go_at_any_time(tmp_path, monkeypatch):
+    """Between opening it and looking whether it is still there, whoever had it removes it."""
+    path, flock, taken = tmp_path / "lock", fcntl.flock, []
+
+    def slow(*arguments):
+        flock(*arguments)
+        taken.append(arguments)
+        if len(taken) == 1:
+            path.unlink()
+        if len(taken) == 2:
+            path.unlink()
+            path.touch()
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with token_files.alone(path) as is_alone:
+        assert is_alone and path.exists()
+    assert len(taken) == 3 and not path.exists()
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(tmp_path):
+    """Of our names only: the folder may be one that somebody uses for other things, too."""
+    ours = [
+        f"{'0a' * 16}{kind}.{'1b' * 16}.tmp" for kind in ("", ".tokenizer", ".bin", ".dataset")
+    ]
+    for name in (*ours, "somebody.tmp", f"{'0a' * 16}.tmp"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, time.time() - 25 * 3600))
+    fresh = tmp_path / ours[0].replace("1b", "2c")
+    fresh.touch()
+    with token_files.temporary_beside(tmp_path / "note.json") as temporary:
+        temporary.touch()
+        kept = {path.name for path in tmp_path.iterdir()}
+        assert kept == {"somebody.tmp", f"{'0a' * 16}.tmp", fresh.name, temporary.name}
+
+
 # ---------------------------------------------------------------- reading
+
+
+def write_shards(folder, n_shards) -> list[tuple]:
+    """Parts of 3 ids each: 0 1 2, 3 4 5, ..."""
+    parts = []
+    for n in range(n_shards):
+        path = folder / f"{n}.bin"
+        np.arange(3 * n, 3 * n + 3, dtype=np.uint16).tofile(path)
+        parts.append((path, np.dtype("<u2"), 0, 3))
+    return parts
+
+
+def count_open(folder) -> int:
+    links = (os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
+    return sum(link.startswith(f"{folder}/") for link in links)
+
+
+def test_more_files_than_a_process_may_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "MOST_OPEN", 4)
+    ids = Ids(write_shards(tmp_path, 30), "digest")
+    train, held_out = ids.part(0, 80), ids.part(80, 90)
+    order = np.random.default_rng(0).permutation(78)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(train.read, order.tolist(), itertools.repeat(3)))
+    np.testing.assert_array_equal(found, [[at, at + 1, at + 2] for at in order])
+    assert held_out.read(0, 10).tolist() == [*range(80, 90)]
+    assert count_open(tmp_path) == 4
+    del ids, train
+    assert held_out.read(1, 1).tolist() == [81]
+    del held_out
+    assert count_open(tmp_path) == 0
+
+
+def test_files_that_change_or_go_while_they_are_in_use_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "MOST_OPEN", 1)
+    ids = Ids(write_shards(tmp_path, 4), "digest")
+    (tmp_path / "1.bin").write_bytes(b"123456")
+    (tmp_path / "2.bin").unlink()
+    with pytest.raises(StorageError, match=r"1\.bin was changed while it was in use\n  bring it"):
+        ids.read(3, 1)
+    with pytest.raises(StorageError, match=r"2\.bin cannot be read any more: No such file"):
+        ids.read(6, 1)
+    with pytest.raises(UserError, match=r"^cannot read \S+/2\.bin: No such file"):
+        Ids(ids.parts, "digest")
 
 
 def test_reading_any_stretch_over_several_files(tmp_path):

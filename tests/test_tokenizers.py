@@ -12,7 +12,7 @@ import pytest
 import transformers
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from gpt2_flax.data import hub, tokenizers
 from gpt2_flax.data.cuts import bytes_to_characters
@@ -176,6 +176,19 @@ def test_what_is_kept_is_bounded(encoder):
         assert {30, 60, 90} <= {*n_kept} and max(n_kept) < 110
         check_ids(encoder, words)  # more at once than may be kept
         assert not encoder.kept and not encoder.kept_bytes
+
+
+@pytest.mark.parametrize("name", ["bytes", "BERT"])
+def test_what_a_tokenizer_adds_to_a_text_is_left_out(name):
+    """BERT's puts a token before each text, Llama 3's, too."""
+    tokenizer = (BYTE_LEVEL | OTHER)[name]()
+    before = tokenizer.encode("some text").tolist()
+    backend = tokenizer.fast.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{EOS} $A", special_tokens=[(EOS, tokenizer.eos_id)]
+    )
+    assert backend.encode("some text").ids == [tokenizer.eos_id, *before]
+    assert Encoder(backend).encode_batch(["some text"])[0].tolist() == before
 
 
 def test_threads_can_share_a_tokenizer(encoder):

@@ -103,7 +103,7 @@ class Documents:
     """Documents of numbers, in pieces. Some pieces hold nothing and some share a start."""
 
     def __init__(self, *documents, longest: int = 7):
-        self.name, self.parts, start = "documents", [], 0
+        self.name, self.part, self.parts, start = "documents", None, [], 0
         for document in documents:
             lengths = itertools.cycle([3, 0, longest, 1])
             while document:

@@ -7,12 +7,13 @@ every id but the very first is a target exactly once.
 
 import contextlib
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from gpt2_flax.data.sources import blank_error
 from gpt2_flax.data.token_files import Bar, Encoded, encode
 from gpt2_flax.errors import UserError
 
@@ -97,6 +98,7 @@ class StreamedRows:
         self.shuffle, self.window = shuffle, window
         self.fingerprint = source.fingerprint
         self.count = self.remainder = None  # unknown until measured
+        self.found = Counter()  # of an epoch, what the source and the cuts met in it
         self.start = {"rows": 0, "epoch": 0, "window": 0, "at": 0, "skip": 0, "used": 0}
 
     def encode(self, start: int = 0) -> Iterator[Encoded]:
@@ -118,7 +120,7 @@ class StreamedRows:
                 blank = blank and (not encoded.text or encoded.text.isspace())
                 bar.show(encoded.done, n_bytes, count)
         if count and blank:
-            raise UserError(f"{self.source.name} holds nothing but white space")
+            raise blank_error(self.source)
         self.set_count(count)
         return {
             "count": count,
@@ -133,6 +135,7 @@ class StreamedRows:
         for encoded in self.encode():
             n_ids += len(encoded.ids)
             if n_ids > self.block_size:
+                self.source.found.clear()  # it is counted where it is trained on
                 return
         self.set_count(n_ids)
         check_length(self, self.source.name)
@@ -167,7 +170,15 @@ class StreamedRows:
             elif number == 0:  # it was the first window: the whole text is less than a row
                 self.set_count(n_read)
                 check_length(self, self.source.name)
+            self.note_found()
             epoch, number, at, skip = epoch + 1, 0, 0, 0
+
+    def note_found(self) -> None:
+        """Take over what was met since the epoch began."""
+        cuts, found = self.tokenizer.cuts, self.source.found
+        self.found |= found + Counter(forced_cuts=cuts.forced)
+        found.clear()
+        cuts.forced = 0
 
     def shuffled(self, ids: np.ndarray, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows of a window's ids in their order, their epochs and numbers (N, 2))."""

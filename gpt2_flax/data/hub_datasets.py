@@ -18,6 +18,7 @@ from gpt2_flax.config import DATASET_ALIASES, TrainConfig, plain
 from gpt2_flax.data import hub
 from gpt2_flax.data.files import first_line
 from gpt2_flax.data.sources import Piece, digest, whole_document
+from gpt2_flax.data.token_files import temporary_beside
 from gpt2_flax.errors import StorageError, UserError
 
 SHARD = 1 << 40  # a position in a stream is SHARD x the shard's number + the row in it
@@ -49,7 +50,13 @@ class Rows:
 
     def texts(self, rows, begin: int, end: int) -> Iterator[tuple[int, str | None]]:
         for first in range(begin, end, ROWS_AT_ONCE):
-            texts = rows[first : min(first + ROWS_AT_ONCE, end)][self.column]
+            try:
+                texts = rows[first : min(first + ROWS_AT_ONCE, end)][self.column]
+            except Exception as error:  # Arrow's, the system's, or of the codec
+                raise UserError(
+                    f"dataset {self.name} cannot be read: {first_line(error)}\n"
+                    "  remove it from Hugging Face's cache, and it is fetched again"
+                ) from error
             yield from enumerate(texts, first)
 
     def bounds(self, rows) -> tuple[int, int]:
@@ -263,7 +270,7 @@ class Dataset:
     @functools.cache  # noqa: B019
     def read(self, split: str):
         builder = self.builder
-        with split_errors(self.name, split, builder.info.splits or {}):
+        with self.split_errors(split, builder.info.splits or {}):
             rows = builder.as_dataset(split=split)
         check_column(self.name, kinds_of(rows.features), self.config.text_column)
         return rows
@@ -275,7 +282,7 @@ class Dataset:
             found = builder.as_streaming_dataset()
         except Exception as error:  # as above
             raise self.failure(error) from error
-        with split_errors(self.name, split, found):
+        with self.split_errors(split, found):
             parts = {split: builder.as_streaming_dataset(split=split)}
         if "validation" in found and "validation" not in split:
             parts["validation"] = found["validation"]
@@ -289,6 +296,24 @@ class Dataset:
             n_rows = getattr(about, "num_examples", None)
             sources.append(Stream(rows, self.label, column, key, n_rows, self.failure))
         return sources[0], sources[1] if len(sources) > 1 else None
+
+    @contextlib.contextmanager
+    def split_errors(self, split: str, splits: Iterable[str]):
+        """Context that says which splits there are where one is asked for that is not."""
+        try:
+            yield
+        except Exception as error:
+            if "corresponds to no data" in str(error):
+                raise UserError(
+                    f"split {split} of dataset {self.name} is empty (0 rows)"
+                ) from error
+            # Of what is no split the library raises these themselves, none of their kinds.
+            if type(error) not in (ValueError, KeyError, AssertionError, TypeError):
+                raise self.failure(error) from error
+            raise UserError(
+                f"dataset {self.name} has no split {split}: {first_line(error)}\n"
+                f"  set --dataset_split to one of: {', '.join(splits)}"
+            ) from error
 
     def failure(self, error: Exception) -> UserError:
         """The error for what could not be had: no room for it, not there, or no hub."""
@@ -308,27 +333,6 @@ class Dataset:
         if self.is_local:
             return UserError(f"{what} cannot be read: {first_line(error)}")
         return hub.hub_error(what, error)
-
-
-class split_errors:  # noqa: N801
-    """Context that says which splits a dataset has where one is asked for that it has not."""
-
-    def __init__(self, name: str, split: str, splits: Iterable[str]):
-        self.name, self.split, self.splits = name, split, splits
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if "corresponds to no data" in str(error):
-            raise UserError(
-                f"split {self.split} of dataset {self.name} is empty (0 rows)"
-            ) from error
-        if isinstance(error, Exception):
-            raise UserError(
-                f"dataset {self.name} has no split {self.split}: {first_line(error)}\n"
-                f"  set --dataset_split to one of: {', '.join(self.splits)}"
-            ) from error
 
 
 def kinds_of(features) -> dict[str, str]:
@@ -362,14 +366,11 @@ def read_note(path: pathlib.Path, revision: str | None) -> dict | None:
 
 
 def write_note(path: pathlib.Path, known: dict) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(known), "utf-8")
-        os.replace(temporary, path)
+        with temporary_beside(path) as temporary:
+            temporary.write_text(json.dumps(known), "utf-8")
+            os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path}: {error.strerror}\n"
             "  choose another place with --cache_dir, or make room there"

@@ -104,6 +104,13 @@ def cache_folder(config: TrainConfig) -> pathlib.Path:
     return pathlib.Path(HF_HOME) / "gpt2_flax"
 
 
+def warn_of_stream(rows) -> None:
+    """Say the same of a stream that was read only while it was trained on."""
+    if rows.count is None:
+        rows.note_found()
+        warn_of_text({"found": rows.found}, f"{rows.source.name}, as far as it was read")
+
+
 def warn_of_text(about: dict, name: str) -> None:
     """Say once what is odd in a text and was kept, replaced or left out."""
     notes = {
@@ -113,7 +120,7 @@ def warn_of_text(about: dict, name: str) -> None:
         "empty": "{} rows or lines without text are left out",
         "forced_cuts": "{} words were so long that they were cut: ids may differ there",
     }
-    found = about.get("found", {}) | {"forced_cuts": about.get("forced_cuts", 0)}
+    found = {"forced_cuts": about.get("forced_cuts", 0), **about.get("found", {})}
     for what, note in notes.items():
         if found.get(what):
             say(f"{name}: {note.format(f'{found[what]:,}')}")

@@ -1,5 +1,6 @@
 """What a run would train on, for people to look at: `--show_data`."""
 
+import itertools
 import json
 from collections.abc import Iterator
 
@@ -19,9 +20,11 @@ def lines(rows, held_out, about: dict, add_eos: bool, tokenizer, n: int) -> Iter
         numbers = rows.rows_at(np.arange(min(n, rows.count)))[:, 1]
         ids_NxS = rows.read(numbers)
     else:
-        taken = next(rows.batches(rows.start, n, n, slice(None)))
-        once = taken.rows[:, 0] == 0  # more than there are come again in the next epoch
-        numbers, ids_NxS = taken.rows[once, 1], taken.batch.ids_BxS[once]
+        taken = rows.batches(rows.start, 1, n, slice(None))
+        # More than there are come again in the next epoch.
+        taken = list(itertools.takewhile(lambda one: one.rows[0, 0] == 0, taken))
+        numbers = np.concatenate([one.rows[:, 1] for one in taken])
+        ids_NxS = np.concatenate([one.batch.ids_BxS for one in taken])
     bounds = boundaries(rows, numbers, tokenizer)
     for row, ids, starts in zip(numbers.tolist(), ids_NxS, bounds, strict=True):
         yield f"\nrow {row:,}: {' '.join(map(str, ids.tolist()))}"

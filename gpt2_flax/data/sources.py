@@ -5,6 +5,7 @@ A source has
     key                   a string that changes when the text, or what is read of it, does
     fingerprint           the same, wherever the files lie: a resumed stream is checked by it
     found                 a Counter of what pieces met: replaced, nul, crlf, empty
+    part                  None, or (how much is held out, whether this is what is held out, ...)
     pieces(start, cuts)   an iterator of `Piece` from a position on; 0 is its beginning
     split(share)          (this source without its last share, that share), cut between
                           documents where it can be
@@ -463,6 +464,15 @@ def describe(path) -> tuple:
     return str(path.resolve()), path.name, state, stat.st_ctime_ns
 
 
+def blank_error(source) -> UserError:
+    """The error for a text without one character but white space."""
+    what, remedy = source.name, "use another text"
+    if source.part is not None:
+        what += " where it is held out" if source.part[1] else " where it is not held out"
+        remedy = "give a --validation_file, another --validation_share, or --validation_share 0"
+    return UserError(f"{what} holds nothing but white space\n  {remedy}")
+
+
 def digest(*parts) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
@@ -513,8 +523,15 @@ def open_sources(config: TrainConfig, folder: pathlib.Path):
         train, held_out = open_dataset(config, folder)
     if config.validation_file:
         held_out = open_files(config, "validation_file", folder)
-    elif held_out is None and config.validation_share and train is not None:
+    elif not config.validation_share:
+        held_out = None
+    elif held_out is None and train is not None:
         train, held_out = train.split(config.validation_share)
+    elif held_out is not None and config.validation_share != TrainConfig().validation_share:
+        raise UserError(
+            f"validation_share {config.validation_share} has no effect: {config.dataset} has a"
+            " validation split of its own\n  leave it out; 0 for no evaluation"
+        )
     return train, held_out
 
 
@@ -540,8 +557,8 @@ NEEDED_KINDS = {
     "text_column": ("dataset", "jsonl", "parquet"),
     "document_separator": ("text",),
     "encoding_errors": ("text", "jsonl"),
-    "add_eos": ("dataset", "text", "jsonl", "parquet"),
-    "streaming": ("dataset", "text", "jsonl", "parquet"),
+    "add_eos": ("dataset", "embedded", "text", "jsonl", "parquet"),
+    "streaming": ("dataset", "embedded", "text", "jsonl", "parquet"),
 }
 
 
@@ -554,7 +571,8 @@ def check_options(config: TrainConfig) -> None:
         if getattr(config, name) != getattr(defaults, name) and found.isdisjoint(needed):
             endings = [end for end, kind in files.KINDS.items() if kind in needed]
             raise UserError(
-                f"{name} has no effect on files of kind {', '.join(sorted(found - {'dataset'}))}\n"
+                f"{name} has no effect on files of kind"
+                f" {', '.join(sorted(found - {'dataset', 'embedded'}))}\n"
                 f"  leave it out, or name the files {' or '.join(endings)}"
             )
 
@@ -563,7 +581,8 @@ def kinds(config: TrainConfig, setting: str) -> set[str]:
     """Of what kind the text is that train_file or validation_file names."""
     patterns = getattr(config, setting)
     if not patterns:
-        return {"dataset"} if setting == "train_file" else set()
+        kind = "embedded" if config.dataset == EMBEDDED_DATASET else "dataset"
+        return {kind} if setting == "train_file" else set()
     if files.STANDARD_INPUT not in patterns:
         return {files.kind_of(files.find_files(patterns, setting)[0])}
     if setting != "train_file" or len(patterns) > 1:

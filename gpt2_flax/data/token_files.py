@@ -11,18 +11,20 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
+import threading
 import time
 import uuid
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from gpt2_flax.data.sources import digest
+from gpt2_flax.data.sources import blank_error, digest
 from gpt2_flax.errors import StorageError, UserError, say
 
 VERSION = 2
@@ -30,28 +32,94 @@ GROUP_CHARS = 1 << 20  # of text, encoded together
 SMALL_TEXT_CHARS = 8 << 20  # not worth the start of other processes
 CHECKED_BYTES = 1 << 28  # a file up to this size is read through at each start
 LLM_C_MAGIC, LLM_C_HEADER_BYTES = 20240520, 1024
+MOST_OPEN = 64  # files of ids at a time; a shell allows a process some 256 to 1024
+TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}(\.[a-z]+)?\.[0-9a-f]{32}\.tmp")
+LEFT_OVER_SECONDS = 24 * 3600  # nobody has written to a temporary file for so long: it is nobody's
 
 
 # ---------------------------------------------------------------- reading ids
 
 
+class OpenFiles:
+    """Files that are read here and there, by several threads, a bounded number open at a time.
+
+    Reads are `pread`s, not a memory map: what was read stays out of this process's memory, and
+    a file cut short under it is an error and no signal.
+    """
+
+    def __init__(self, paths: list[pathlib.Path]):
+        """Raises UserError for a file that is not to be had."""
+        self.paths, self.lock = paths, threading.Lock()
+        self.descriptors: OrderedDict[int, int] = OrderedDict()  # last used last
+        weakref.finalize(self, close_all, self.descriptors)
+        try:
+            self.states = [state_of(os.stat(path)) for path in paths]
+            for number in range(min(len(paths), MOST_OPEN)):
+                self.descriptor(number)
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    def read(self, number: int, n_bytes: int, place: int) -> bytes:
+        """Bytes of a file from a place on. Raises StorageError where they are gone."""
+        try:
+            with self.lock:
+                data = os.pread(self.descriptor(number), n_bytes, place)
+        except OSError as error:
+            raise StorageError(
+                f"{self.paths[number]} cannot be read any more: {error.strerror}"
+            ) from error
+        if len(data) != n_bytes:
+            raise StorageError(
+                f"{self.paths[number]} was cut short while it was in use\n"
+                "  run the same command again; what is missing is made anew"
+            )
+        return data
+
+    def descriptor(self, number: int) -> int:
+        if number in self.descriptors:
+            self.descriptors.move_to_end(number)
+            return self.descriptors[number]
+        while len(self.descriptors) >= MOST_OPEN:
+            os.close(self.descriptors.popitem(last=False)[1])
+        descriptor = self.descriptors[number] = os.open(self.paths[number], os.O_RDONLY)
+        if state_of(os.fstat(descriptor)) != self.states[number]:
+            raise StorageError(
+                f"{self.paths[number]} was changed while it was in use\n"
+                "  bring it back, or start anew with another --output_dir"
+            )
+        return descriptor
+
+
+def state_of(stat: os.stat_result) -> tuple:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def close_all(descriptors: dict[int, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
 class Ids:
     """Ids of one or more files, one after another, read where they are wanted.
 
-    fingerprint: hex digest of all ids. Reads are `pread`s, not a memory map: what was read
-    stays out of this process's memory, and a file cut short under it is an error and no
-    signal.
+    fingerprint: hex digest of all ids.
     """
 
-    def __init__(self, parts: list[tuple], fingerprint: str, documents: np.ndarray | None = None):
+    def __init__(
+        self,
+        parts: list[tuple],
+        fingerprint: str,
+        documents: np.ndarray | None = None,
+        opened: OpenFiles | None = None,
+    ):
         """parts: (path, dtype, bytes before the first id, ids) of each file.
 
         documents: int64, where documents begin; None where only end-of-text ids tell.
+        opened: the files, where they are in use already.
         """
         self.parts, self.fingerprint, self.documents = parts, fingerprint, documents
         self.bounds = np.cumsum([0, *(count for *_, count in parts)])
-        self.descriptors = [os.open(path, os.O_RDONLY) for path, *_ in parts]
-        weakref.finalize(self, close_all, self.descriptors)
+        self.files = opened or OpenFiles([path for path, *_ in parts])
         self.begin, self.end = 0, int(self.bounds[-1])
 
     def __len__(self) -> int:
@@ -62,25 +130,19 @@ class Ids:
         at, left, found = self.begin + start, count, []
         number = int(np.searchsorted(self.bounds, at, side="right")) - 1
         while left:
-            path, dtype, skipped, n_ids = self.parts[number]
+            _, dtype, skipped, n_ids = self.parts[number]
             place = at - int(self.bounds[number])
-            n_here = min(left, n_ids - place)
-            data = os.pread(
-                self.descriptors[number], n_here * dtype.itemsize, skipped + place * dtype.itemsize
-            )
-            if len(data) != n_here * dtype.itemsize:
-                raise StorageError(
-                    f"{path} was cut short while it was in use\n"
-                    "  run the same command again; what is missing is made anew"
-                )
-            found.append(np.frombuffer(data, dtype).astype(np.int32))
+            n_here, size = min(left, n_ids - place), dtype.itemsize
+            if n_here:  # a file may have no ids
+                data = self.files.read(number, n_here * size, skipped + place * size)
+                found.append(np.frombuffer(data, dtype).astype(np.int32))
             at, left, number = at + n_here, left - n_here, number + 1
         return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, np.int32), *found])
 
     def part(self, begin: int, end: int) -> "Ids":
         """The ids [begin, end) alone."""
         digest_of_part = digest(self.fingerprint, begin, end)
-        part = Ids(self.parts, digest_of_part, self.documents)
+        part = Ids(self.parts, digest_of_part, self.documents, self.files)
         part.begin, part.end = self.begin + begin, self.begin + end
         return part
 
@@ -99,11 +161,6 @@ class Ids:
         if self.documents is None:
             return None
         return int(np.diff(np.searchsorted(self.documents, [self.begin, self.end]))[0])
-
-
-def close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- text -> ids
@@ -181,7 +238,10 @@ def token_file(
             say(f"the token file {path} is damaged and is made anew")
         with storage_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
-            with alone(path.with_suffix(".lock")):
+            with alone(path.with_suffix(".lock")) as is_alone:
+                if is_alone:
+                    for left_over in folder.glob(f"{key}.*.tmp"):  # of a process that was killed
+                        left_over.unlink(missing_ok=True)
                 about = read_description(path) or write_tokens(  # another may have made it
                     path, source, tokenizer, add_eos, dtype, processes
                 )
@@ -223,9 +283,7 @@ def new_hasher():
 
 
 def write_tokens(path, source, tokenizer, add_eos, dtype, processes) -> dict:
-    """Encode a source into a token file. Called by one process at a time."""
-    for left_over in path.parent.glob(f"{path.stem}.*.tmp"):  # of a process that was killed
-        left_over.unlink(missing_ok=True)
+    """Encode a source into a token file."""
     with temporary_beside(path) as temporary, temporary_beside(path) as starts:
         with open(temporary, "wb") as file, open(starts, "wb") as starts_file:
             about = write_ids(file, starts_file, source, tokenizer, add_eos, dtype, processes)
@@ -274,7 +332,7 @@ def write_ids(file, starts_file, source, tokenizer, add_eos, dtype, processes) -
             begins = begins or encoded.ends_document
             bar.show(encoded.done, n_bytes, count)
     if count and blank:
-        raise UserError(f"{source.name} holds nothing but white space")
+        raise blank_error(source)
     return {
         "count": count,
         "fingerprint": hasher.hexdigest(),
@@ -287,34 +345,53 @@ def write_ids(file, starts_file, source, tokenizer, add_eos, dtype, processes) -
 
 @contextlib.contextmanager
 def alone(path: pathlib.Path):
-    """Hold a lock that the system releases even if this process is killed; wait for it."""
+    """Hold a lock that the system releases even if this process is killed; wait for it.
+
+    Gives False on a file system without locks: there each process writes its own file, and the
+    last one stays.
+    """
     while True:
         file = open(path, "a+")  # noqa: SIM115
         with file:
+            is_alone = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 say("another process tokenizes this text; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
-                pass  # a file system without locks: each writes its own, and the last one stays
+                is_alone = False
             # Whoever had the lock removed the file: then this is a lock on nothing.
-            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+            if is_alone and not is_at(file, path):
                 continue
             try:
-                yield
+                yield is_alone
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def is_at(file, path: pathlib.Path) -> bool:
+    """Whether an open file is the one that a path now names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
 def temporary_beside(path: pathlib.Path):
     """A path beside another, in a folder that exists, for a file that is then renamed or gone.
 
-    Its name is not the process's number: hosts that share the folder may have the same.
+    Its name is not the process's number: hosts that share the folder may have the same. Files
+    of that kind that a process left behind when it was killed are removed after a day.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for other in path.parent.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            is_ours = TEMPORARY_NAME.fullmatch(other.name)
+            if is_ours and time.time() - other.stat().st_mtime > LEFT_OVER_SECONDS:
+                other.unlink()
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
