@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from gpt2_flax.errors import UserError
+from gpt2_flax.errors import StorageError, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOKENIZE_MB = 16  # of text, in a cell that tokenizes
@@ -67,9 +67,10 @@ def in_fresh_process(cell: str, settings: dict):
     command = [sys.executable, "-m", "gpt2_flax.benchmark", cell, json.dumps(settings)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     if process.returncode:
-        lines = process.stderr.strip().splitlines()
-        if process.returncode == 2:
-            raise UserError("\n".join(lines).removeprefix("error: "))
+        _, _, message = process.stderr.rpartition("error: ")
+        kind = {2: UserError, 4: StorageError}.get(process.returncode)
+        if kind is not None:
+            raise kind(message.strip())
         raise RuntimeError(f"the cell {cell} failed:\n{process.stderr}")
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -94,7 +95,7 @@ def shown(value: float) -> str:
 
 def open_text(settings: dict):
     """(config, source, tokenizer) of the text that is measured."""
-    from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig
+    from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig, find_faults
     from gpt2_flax.data import opening
 
     text = {"train_file": (settings["train_file"],)} if settings["train_file"] else {}
@@ -104,8 +105,16 @@ def open_text(settings: dict):
         block_size=settings["block_size"],
         cache_dir=settings["folder"],
         validation_share=0.0,
+        n_positions=max(1024, settings["block_size"]),
     )
+    faults = find_faults(config, set(), set())
+    if faults:
+        raise UserError("\n".join(faults))
     source, _ = opening.open_text(config)
+    if source is None:
+        raise UserError(
+            f"{settings['train_file']} holds ids, and nothing to tokenize\n  name a file of text"
+        )
     tokenizer = opening.open_tokenizer(config, pathlib.Path(settings["folder"]), source, False)
     return config, source, tokenizer
 
@@ -146,6 +155,11 @@ def waiting_share(settings: dict) -> float:
 
     from gpt2_flax import parallel
 
+    if settings["batch_size"] % jax.device_count():
+        raise UserError(
+            f"batch_size {settings['batch_size']} does not divide over {jax.device_count()}"
+            " devices"
+        )
     rows = open_rows(settings, streaming=False)
     steps = rows.batches(rows.start, settings["batch_size"], np.inf, slice(None))
     ready = parallel.prefetch(steps, lambda taken: parallel.put_batch(taken.batch, 1))

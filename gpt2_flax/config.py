@@ -429,6 +429,7 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
     require_each(at_least_0, lambda value: 0 <= value < float("inf"), "0 or more")
     require_each(above_0, lambda value: 0 < value < float("inf"), "above 0")
     require_each(shares, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    require_each(("pad_vocab_to_multiple_of",), lambda value: value <= 2**16, "at most 65536")
     require_each(("seed",), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 
     # The sizes of a model to start from are not known here.

@@ -52,8 +52,8 @@ def train(config: TrainConfig) -> int:
         metrics.check_reporter(config.report_to)
         text = opening.open_text(config)
         tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
-        train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
         model_config, given_params = choose_model(config, tokenizer, output_dir, continuing)
+        train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
 
         # -------------------------------------------------------- build
         if not holds_a_run:

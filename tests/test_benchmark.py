@@ -1,0 +1,86 @@
+"""scripts/benchmark.py measures what it says, and says what it cannot measure."""
+
+import json
+import pathlib
+import runpy
+
+import pytest
+
+from gpt2_flax import benchmark
+from gpt2_flax.errors import StorageError, run_main
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def measure(capsys):
+    """Run the script on these words: (exit code, stdout, stderr)."""
+    main = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))["main"]
+
+    def run(*argv):
+        code = run_main(main, ["data", *map(str, argv)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_data_is_measured(measure, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"line {n} of {n * n}\n" for n in range(999)))
+    figures = tmp_path / "figures.json"
+    figures.write_text("older ones")
+    code, out, err = measure(
+        "--train_file", tmp_path / "a.txt", "--tokenizer", "bytes", "--batch_size", 8,
+        "--block_size", 16, "--tokens_per_second", 32_000, "--steps", 4, "--seconds", 0.05,
+        "--processes", 1, "--json", figures,
+    )  # fmt: skip
+    assert code == 0, err
+    results = json.loads(figures.read_text())
+    assert [result["unit"] for result in results.values()] == [
+        *["rows/s"] * 2, "%", *["MB/s"] * 3
+    ]  # fmt: skip
+    assert "of a step at 32,000 tokens/s, waiting for data" in results
+    for name, result in results.items():
+        assert 0 < result["low"] <= result["median"] <= result["high"]
+        assert f"{name} " in out and benchmark.shown(result["median"]) in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        ("--processes 0", "argument --processes: must be a whole number of at least 1, got 0\n"),
+        ("--steps x", "argument --steps: must be a whole number of at least 1, got x\n"),
+        ("--seconds nan", "argument --seconds: must be a number above 0, got nan\n"),
+        ("--seconds soon", "argument --seconds: must be a number above 0, got soon\n"),
+        ("--tokenizer bpe:abc", "tokenizer bpe:abc: bpe:N needs N of at least 257"),
+        ("--train_file a.bin", "a.bin holds ids, and nothing to tokenize\n  name a file of text"),
+        ("--train_file a.txt", "a.txt has 2 tokens, fewer than one row of block_size 1024 + 1\n"),
+        ("--train_file b.txt", "train_file b.txt does not exist"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(measure, tmp_path, monkeypatch, argv, match):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.bin").write_bytes(bytes(4096))
+    (tmp_path / "a.txt").write_text("a")
+    if "--tokenizer" not in argv:
+        argv += " --tokenizer bytes"
+    code, out, err = measure(*argv.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {match}") and len(err.splitlines()) <= 3
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_measured(measure, tmp_path):
+    code, out, err = measure("--json", tmp_path / "none" / "a.json", "--train_file", "none")
+    assert (code, out) == (4, "")
+    assert err.startswith("error: cannot write ") and "none/a.json: No such file" in err
+
+
+def test_the_error_of_a_cell_keeps_its_kind_and_is_said_without_the_notes_before_it(tmp_path):
+    (tmp_path / "folder").write_text("in the way")
+    (tmp_path / "a.txt").write_text("some words " * 99)
+    settings = {
+        "train_file": str(tmp_path / "a.txt"), "tokenizer": "bpe:300", "block_size": 64,
+        "folder": str(tmp_path / "folder"),
+    }  # fmt: skip
+    match = r"^cannot write the token file [^:]*: (File exists|Not a directory) "
+    with pytest.raises(StorageError, match=match):  # behind "learning 300 tokens from"
+        benchmark.in_fresh_process("prepare", settings)
