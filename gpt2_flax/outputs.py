@@ -1,7 +1,8 @@
 """What a call of the model, or of its `generate`, returns: Hugging Face's Flax output classes.
 
 Each is a pytree whose fields are read as attributes, by key and by index; fields that are None
-have no key and take no index, as in transformers' ModelOutput.
+have no key and take no index. So transformers' own ModelOutput did when it had these classes; it
+is not the base here, as it is made for PyTorch's and renames their cache from 5.24 on.
 """
 
 import collections
@@ -9,20 +10,34 @@ import dataclasses
 
 import flax.struct
 import jax
-from transformers.utils import ModelOutput
 
 
-class FlaxModelOutput(ModelOutput):
-    """A ModelOutput whose fields hold arrays of JAX.
-
-    transformers 5 does not know those, and would read a lone one as a list of keys and values.
-    """
+class FlaxModelOutput(collections.OrderedDict):
+    """A dict of the fields that are not None, in their order. Change it by `replace` only."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None:
-                collections.OrderedDict.__setitem__(self, field.name, value)
+                super().__setitem__(field.name, value)
+
+    def to_tuple(self) -> tuple:
+        """The fields that are not None."""
+        return tuple(self.values())
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def _refuse(self, *args, **kwargs):
+        raise dataclasses.FrozenInstanceError(
+            f"a {type(self).__name__} cannot be changed; use its replace(name=value)"
+        )
+
+    __setitem__ = __delitem__ = _refuse
+    setdefault = pop = popitem = update = clear = move_to_end = _refuse
+
+    def __reduce__(self):
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
 @flax.struct.dataclass

@@ -1,6 +1,9 @@
 """The class that left transformers: its state, its calls, its files."""
 
+import copy
+import dataclasses
 import json
+import pickle
 
 import flax
 import jax
@@ -176,7 +179,10 @@ def test_outputs_are_read_by_attribute_key_and_index(model):
     assert output["logits"] is output.logits is output[0]
     assert output[1] is output.hidden_states and output[2] is output["attentions"]
     assert list(output.keys()) == ["logits", "hidden_states", "attentions"]
-    assert isinstance(output, transformers.utils.ModelOutput)
+    assert "logits" in output and "past_key_values" not in output
+    assert output.get("cross_attentions") is None and len(output[1:]) == 2
+    with pytest.raises(KeyError):
+        output["past_key_values"]
     as_tuple = model(ids, None, None, None, None, None, None, None, False, True, True, False)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == 3
     doubled = jax.tree.map(lambda leaf: 2 * leaf, output)
@@ -185,6 +191,28 @@ def test_outputs_are_read_by_attribute_key_and_index(model):
     jitted = jax.jit(lambda ids: model(ids))(ids)
     assert list(jitted) == ["logits"]
     np.testing.assert_allclose(jitted.logits, output.logits, atol=1e-6)
+
+
+def test_outputs_are_copied_and_changed_only_by_replace(model):
+    ids = random_ids(model.config)
+    output = model(ids, past_key_values=model.init_cache(B, T), output_hidden_states=True)
+    assert list(output) == ["logits", "past_key_values", "hidden_states"]
+    for same in (copy.copy(output), copy.deepcopy(output), pickle.loads(pickle.dumps(output))):
+        assert type(same) is type(output) and list(same) == list(output)
+        np.testing.assert_array_equal(same.logits, output.logits)
+    without = output.replace(hidden_states=None)
+    assert list(without) == ["logits", "past_key_values"] and without.hidden_states is None
+    for change in (
+        lambda: setattr(output, "logits", 1),
+        lambda: output.__setitem__("logits", 1),
+        lambda: output.__delitem__("logits"),
+        lambda: output.pop("logits"),
+        lambda: output.update(logits=1),
+        lambda: output.setdefault("attentions", 1),
+    ):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            change()
+    assert list(output) == ["logits", "past_key_values", "hidden_states"]
 
 
 def test_the_configuration_decides_what_is_put_out(tiny_config):
