@@ -195,7 +195,11 @@ def test_outputs_are_read_by_attribute_key_and_index(model):
 
 def test_outputs_are_copied_and_changed_only_by_replace(model):
     ids = random_ids(model.config)
-    output = model(ids, past_key_values=model.init_cache(B, T), output_hidden_states=True)
+    position_ids = np.broadcast_to(np.arange(T), (B, T))
+    cache = model.init_cache(B, T)
+    output = model(
+        ids, past_key_values=cache, position_ids=position_ids, output_hidden_states=True
+    )
     assert list(output) == ["logits", "past_key_values", "hidden_states"]
     for same in (copy.copy(output), copy.deepcopy(output), pickle.loads(pickle.dumps(output))):
         assert type(same) is type(output) and list(same) == list(output)
