@@ -9,15 +9,20 @@ import logging
 import math
 import os
 import pathlib
+import re
 import shutil
+import threading
+from collections.abc import Callable
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from gpt2_flax.errors import CheckpointError, StorageError, UserError
+from gpt2_flax import manifest
+from gpt2_flax.errors import CheckpointError, StorageError, UserError, say
 
 FOLDER = "checkpoints"
+TRASH = ".trash"  # below FOLDER: a checkpoint is renamed into it, at once, and then deleted
 METRIC = "validation_loss"
 log = logging.getLogger("gpt2_flax")
 
@@ -25,8 +30,12 @@ log = logging.getLogger("gpt2_flax")
 class Checkpoints:
     """The checkpoints of one run directory. Close it, or the last save may be lost."""
 
-    def __init__(self, output_dir, keep: int):
-        """keep: newest checkpoints kept, beside the one of lowest validation loss."""
+    def __init__(self, output_dir, keep: int, refuse: Callable[[dict], str | None] | None = None):
+        """keep: newest checkpoints kept, beside the one of lowest validation loss.
+
+        refuse: says of a meta item why it is not of this run; None where it is.
+        """
+        self.refuse = refuse or (lambda meta: None)
         self.folder = pathlib.Path(output_dir).absolute() / FOLDER
         policies = checkpoint_managers
         # best_fn with max_to_keep would delete the newest checkpoint when it is not the best.
@@ -42,15 +51,44 @@ class Checkpoints:
             preservation_policy=preservation,
             cleanup_tmp_directories=True,
             create=True,
+            todelete_subdir=TRASH,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
         )
+        self.saving = None  # the step that is being saved
+        self.cleaner: threading.Thread | None = None
+        self.verified: dict[int, dict] = {}  # meta of the steps whose files were checked
         with storage_errors(self.folder):
             self.manager = ocp.CheckpointManager(
                 self.folder, options=options, item_names=("state", "meta")
             )
+        self.empty_trash()
+
+    def seal(self) -> None:
+        """Called when a step is written and has not its final name yet: add its manifest."""
+        (directory,) = (
+            path
+            for path in self.folder.glob(f"{self.saving}.*")
+            if path.is_dir() and ocp.utils.TMP_DIR_SUFFIX in path.name
+        )
+        manifest.write(directory, self.saving)
+
+    def empty_trash(self) -> None:
+        """Delete, in a thread, what Orbax put aside for it. A kill leaves no half checkpoint."""
+        if self.cleaner is not None:
+            self.cleaner.join()
+        self.cleaner = threading.Thread(
+            target=shutil.rmtree, args=(self.folder / TRASH,), kwargs={"ignore_errors": True}
+        )
+        self.cleaner.start()
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
         return sorted(self.manager.all_steps())
+
+    def names(self) -> list[int]:
+        """The numbers of all that is called as a step is, whatever it may be, oldest first."""
+        names = (path.name for path in self.folder.iterdir())
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
     def save(self, step: int, state, meta: dict, validation_loss: float | None) -> None:
         """Begin to save; the caller may go on, and donate the state, at once.
@@ -63,6 +101,9 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
         )
         with storage_errors(self.folder):
+            self.manager.wait_until_finished()
+            self.empty_trash()
+            self.saving = step
             if not self.manager.save(step, args=items, metrics=metrics):
                 raise RuntimeError(f"Orbax skipped the checkpoint of step {step}")
 
@@ -75,53 +116,99 @@ class Checkpoints:
     def close(self) -> None:
         with storage_errors(self.folder):
             self.manager.close()
+        self.empty_trash()
+        self.cleaner.join()
+
+    def newest_meta(self) -> tuple[int, dict | None]:
+        """(step, meta item) of the newest checkpoint that is whole; 0, None where none is."""
+        for step in reversed(self.names()):
+            with contextlib.suppress(manifest.DamagedError):
+                return step, self.verify(step)
+        return 0, None
+
+    def verify(self, step: int) -> dict:
+        """The meta item of a checkpoint. Raises DamagedError where it is not what was saved."""
+        if step not in self.verified:
+            directory = self.folder / str(step)
+            manifest.check(directory, step)
+            try:
+                meta = read_meta(directory)
+            except Exception as error:  # Orbax raises whatever it pleases
+                raise manifest.DamagedError(f"meta cannot be read: {first_line(error)}") from error
+            if reason := self.refuse(meta):
+                raise manifest.DamagedError(reason)
+            self.verified[step] = meta
+        return self.verified[step]
 
     def restore_latest(self, like):
-        """(state, meta) of the newest checkpoint that can be read, on the devices of `like`.
+        """(state, meta) of the newest checkpoint that is whole, on the devices of `like`.
 
-        like: a tree of ShapeDtypeStruct with shardings. An unreadable checkpoint is moved
-        aside, with a warning, once an older one has been read. None without any checkpoint;
-        CheckpointError where there are some and none can be read: then nothing is moved.
+        like: a tree of ShapeDtypeStruct with shardings. A damaged checkpoint is moved aside,
+        with a warning, once an older one has been read. None without any checkpoint;
+        CheckpointError where there are some and none is whole: then nothing is moved.
         """
-        steps, unreadable = self.steps(), []
-        for step in reversed(steps):
-            items = ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore()
-            )
+        damaged = {}
+        for step in reversed(self.names()):
             try:
-                restored = self.manager.restore(step, args=items)
+                meta = self.verify(step)
+                check_types(self.folder / str(step), like)
+                items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+                state = self.manager.restore(step, args=items)["state"]
             except Exception as error:  # Orbax and TensorStore raise whatever they please
-                reason = str(error).strip().split("\n")[0][:200]
-                unreadable.append((step, reason))
+                damaged[step] = first_line(error)
                 continue
-            for damaged, reason in unreadable:
-                log.warning("checkpoint %s cannot be read and is set aside: %s", damaged, reason)
-                self.set_aside(damaged)
-            return restored["state"], restored["meta"]
-        if unreadable:
-            step, reason = unreadable[0]
+            for step, reason in damaged.items():
+                say(f"checkpoint {step} is damaged ({reason}); it is moved aside to {aside(step)}")
+                self.set_aside(step)
+            return state, meta
+        if damaged:
+            step, reason = next(iter(damaged.items()))
             raise CheckpointError(
-                f"none of the checkpoints in {self.folder} can be read; {step}: {reason}\n"
+                f"no checkpoint in {self.folder} is whole; of step {step}: {reason}\n"
                 "  restore the folder from a copy, or start anew with another --output_dir"
             )
         return None
 
-    def newest_meta(self) -> tuple[int, dict | None]:
-        """(step, meta item) of the newest checkpoint that has a readable one; else 0, None."""
-        for step in reversed(self.steps()):
-            try:
-                return step, read_meta(self.folder / str(step))
-            except Exception as error:
-                log.debug("meta of step %s: %s", step, error)
-        return 0, None
-
     def set_aside(self, step: int) -> None:
         """Rename a step, so that Orbax neither offers it nor skips saves up to it."""
-        damaged = self.folder / str(step)
-        aside = self.folder / f"{step}.unreadable"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(damaged, aside)
+        target = self.folder / aside(step)
+        if target.is_symlink():
+            target.unlink()
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(self.folder / str(step), target)
         self.manager.reload()
+
+
+def aside(step: int) -> str:
+    return f"{step}.damaged"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+
+
+def check_types(directory: pathlib.Path, like) -> None:
+    """Raise DamagedError where arrays on disk have not the shapes and types of `like`.
+
+    Orbax would cast them, and says nothing.
+    """
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        stored = kinds(checkpointer.metadata(directory / "state").item_metadata.tree)
+    wanted = kinds(like)
+    for name in sorted(stored.keys() ^ wanted.keys()):
+        where = "the checkpoint" if name in wanted else "the run"
+        raise manifest.DamagedError(f"{where} has no {name}")
+    for name, kind in wanted.items():
+        if stored[name] != kind:
+            raise manifest.DamagedError(f"{name} is {stored[name]} instead of {kind}")
+
+
+def kinds(tree) -> dict[str, str]:
+    """Type and shape of each array of a state, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def best_first(metrics) -> float:
@@ -158,13 +245,14 @@ def free_bytes(folder: pathlib.Path) -> int:
 def locate(path, step: int | None) -> pathlib.Path:
     """The directory of one checkpoint: of a run directory, its checkpoints/ or the step itself.
 
-    step: which; None for the newest. Raises CheckpointError that lists the steps there are.
+    step: which; None for the newest. Raises CheckpointError that lists the steps there are, or
+    says what is damaged.
     """
     path = pathlib.Path(path).absolute()
     if path.name.isdigit() and (path / "state").is_dir():
         if step not in (None, int(path.name)):
             raise UserError(f"{path} is step {path.name}, not {step}\n  name one of the two")
-        return path
+        return whole(path)
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     found = sorted(
         int(child.name)
@@ -177,7 +265,19 @@ def locate(path, step: int | None) -> pathlib.Path:
         )
     if step is not None and step not in found:
         raise CheckpointError(f"{folder} has no step {step}; it has {', '.join(map(str, found))}")
-    return folder / str(found[-1] if step is None else step)
+    return whole(folder / str(found[-1] if step is None else step))
+
+
+def whole(directory: pathlib.Path) -> pathlib.Path:
+    """A checkpoint's directory. Raises CheckpointError where it has a manifest it doesn't fit."""
+    if (directory / manifest.FILE).exists():
+        try:
+            manifest.check(directory, int(directory.name))
+        except manifest.DamagedError as error:
+            raise CheckpointError(
+                f"checkpoint {directory} is damaged: {error}\n  name an older step"
+            ) from error
+    return directory
 
 
 @contextlib.contextmanager

@@ -62,7 +62,9 @@ def train(config: TrainConfig) -> int:
             check_still_new(output_dir)
         if not continuing:
             save_settings(config, tokenizer, output_dir)
-        checkpoints = checkpoint.Checkpoints(output_dir, config.keep)
+        checkpoints = checkpoint.Checkpoints(
+            output_dir, config.keep, functools.partial(why_of_another_run, config)
+        )
         cleanup.callback(checkpoints.close)
         newest, newest_meta = checkpoints.newest_meta()
         run = build_run(config, model_config, train_rows, newest, newest_meta)
@@ -365,6 +367,13 @@ def keep_global_batch(saved: int, config: TrainConfig) -> int:
 
 
 # ---------------------------------------------------------------- restore
+
+
+def why_of_another_run(config: TrainConfig, meta: dict) -> str | None:
+    """What in a checkpoint says that a run of other settings saved it; None for this run's."""
+    differing = differing_keys(config, meta["settings"])
+    listed = ", ".join(f"{name} {was!r}" for name, (was, _) in differing.items())
+    return f"it was saved by a run with {listed}" if differing else None
 
 
 def restore(run, checkpoints, config, rows, tokenizer, given_params):

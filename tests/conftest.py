@@ -48,3 +48,12 @@ def make_config(**changes):
 @pytest.fixture(scope="session")
 def tiny_config():
     return make_config
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="tests of faults in their full number")
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    return request.config.getoption("--full")
