@@ -318,7 +318,10 @@ def read_text(config: EvaluateConfig, tokenizer):
     from gpt2_flax.data.detokenize import DETOKENIZERS, Counted
     from gpt2_flax.data.files import find_files
 
-    same = {"cache_dir", *OF_TEXT} & {field.name for field in dataclasses.fields(TrainConfig)}
+    # add_eos has another default there, and is applied here.
+    same = {field.name for field in dataclasses.fields(TrainConfig)} & (
+        {"cache_dir", *OF_TEXT} - {"add_eos"}
+    )
     about_text = TrainConfig(
         train_file=config.file, validation_share=0.0,
         **{name: getattr(config, name) for name in same if getattr(config, name) != ""},
@@ -332,10 +335,11 @@ def read_text(config: EvaluateConfig, tokenizer):
     else:
         source, _ = sources.open_sources(about_text, folder)
     if source is None:
-        if config.detokenizer != "none":
-            raise UserError(
-                "detokenizer has no effect on ids in .bin files\n  leave it out, or name text"
-            )
+        for name in ("detokenizer", "add_eos"):
+            if getattr(config, name) != FIELDS[name].default:
+                raise UserError(
+                    f"{name} has no effect on ids in .bin files\n  leave it out, or name text"
+                )
         ids, _ = token_files.id_files(find_files(config.file, "file"), tokenizer, folder)
         return ", ".join(config.file), check_length(ids.read(0, len(ids)), config.file), None
     counted = Counted(source, DETOKENIZERS[config.detokenizer])

@@ -10,7 +10,7 @@ import sys
 
 import jax
 import lm_eval.__main__
-import lm_eval.models  # noqa: F401: the harness brings in its own only where none is registered
+import lm_eval.models  # it is imported by the harness only while no model is registered
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
