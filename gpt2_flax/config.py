@@ -138,7 +138,7 @@ class TrainConfig:
     log_every: int = setting(10, "steps between rows of metrics.jsonl")
     eval_every: int = setting(500, "steps between evaluations; 0: only at the end")
     eval_rows: int = setting(
-        0, "rows of an evaluation; 0: all, but no more than were trained on since the last one"
+        0, "rows of an evaluation; 0: all, or in a run of fewer rows as many as it trains on"
     )
     save_every: int = setting(
         250, "steps between checkpoints, at most a quarter of the run; 0: only at the end"

@@ -461,7 +461,7 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log, ledger)
         if row is not None:
             report(row)
         # A trial of a few steps is not to be followed by an evaluation longer than itself.
-        n_rows = config.eval_rows or min(n, config.eval_every or n) * run.global_batch
+        n_rows = config.eval_rows or run.total_steps * run.global_batch
         loss, n_tokens = held_out_loss(run, config, state.params, held_out, n_rows, stop)
         perplexity = evaluate.perplexity(loss)
         row = run_log.take(n) or {"step": n, "tokens": meter.tokens_now()}
