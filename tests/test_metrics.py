@@ -395,7 +395,7 @@ def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
     bar = err.split("\r")[-1]
     assert " 50% |" in bar
     assert "step 5/10" in bar
-    assert "loss 3.142  100 tok/s" in bar
+    assert "loss 3.1416  100 tok/s" in bar
 
 
 @pytest.mark.parametrize(
