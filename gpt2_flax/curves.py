@@ -41,7 +41,9 @@ def draw(rows: list[dict], path) -> None:
             say_empty(axes)
     others[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     others[-1].yaxis.set_major_formatter(EngFormatter(sep=""))
-    others[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    of_tokens = EngFormatter(sep="")
+    of_tokens.ENG_PREFIXES = EngFormatter.ENG_PREFIXES | {9: "B", 12: "T"}  # not G for giga
+    others[-1].xaxis.set_major_formatter(of_tokens)
     others[-1].set_xlabel("tokens trained on")
     figure.align_ylabels()
     picture = io.BytesIO()
@@ -68,6 +70,11 @@ def draw_losses(axes, rows: list[dict]) -> None:
                 textcoords="offset points", xytext=(-4, 9), ha="right", color=RED,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )  # fmt: skip
+    if crowd > 1:  # the first fall would press all the rest into a flat line
+        curves = [values, held_out] if len(held_out) else [values]
+        low, high = min(map(min, curves)), max(np.percentile(curve, 98) for curve in curves)
+        margin = 0.05 * (high - low) or 0.01
+        axes.set_ylim(low - margin, high + margin)
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     if len(values) or len(held_out):
@@ -105,6 +112,7 @@ def marker_of_one(tokens) -> str:
 
 
 def say_empty(axes) -> None:
+    axes.set_yticks([])
     axes.text(
         0.5, 0.5, "no values yet", transform=axes.transAxes, ha="center", va="center", color=GREY
     )

@@ -126,8 +126,10 @@ def environment() -> list[tuple[str, str]]:
     """Versions and devices: nothing that names the machine, its user or its directories."""
     devices = jax.devices()
     versions = {name: version(name) for name in PACKAGES}
+    kind, platform_name = devices[0].device_kind, devices[0].platform
+    named = kind if kind == platform_name else f"{kind} ({platform_name})"
     return [
-        ("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"),
+        ("devices", f"{len(devices)} x {named}"),
         ("processor", f"{platform.machine()}, {os.cpu_count()} cores; {platform.system()}"),
         ("processes", str(jax.process_count())),
         ("Python", platform.python_version()),

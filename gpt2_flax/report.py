@@ -19,6 +19,7 @@ table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; te
 tr.changed td { font-weight: 600; }
 pre { background: #f5f5f5; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 img { max-width: 100%; } .note { color: #666; }
+.settings { columns: 2; } .settings table { break-inside: avoid; } h3 { break-after: avoid; }
 """
 
 
@@ -88,17 +89,22 @@ def samples(texts: dict[int, str]) -> list[str]:
 
 
 def settings(values: dict) -> list[str]:
-    parts = []
-    for name, value in values.items():
-        if name in GROUPS or not parts:
-            parts += ["</table>"] * bool(parts) + [f"<h3>{escape(GROUPS.get(name, 'run'))}</h3>"]
-            parts.append("<table>")
-        default = FIELDS[name].default
-        changed = value != (list(default) if isinstance(default, tuple) else default)
-        kind = ' class="changed"' if changed else ""
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        help_text = escape(FIELDS[name].metadata["help"])
-        parts.append(
-            f'<tr{kind} title="{help_text}"><th>{escape(name)}</th><td>{escape(shown)}</td></tr>'
-        )
-    return [*parts, "</table>"]
+    """A table of each group of settings."""
+    parts, group = ['<div class="settings">'], None
+    for name, field in FIELDS.items():
+        if name in GROUPS or group is None:
+            parts += ["</table>"] * (group is not None)
+            group = GROUPS.get(name, "")
+            parts += [f"<h3>{escape(group)}</h3>", "<table>"]
+        if name in values:
+            parts.append(setting(name, values[name], field))
+    return [*parts, "</table>", "</div>"]
+
+
+def setting(name: str, value, field) -> str:
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    kind = "" if value == default else ' class="changed"'
+    shown = ", ".join(value) if isinstance(value, list) else str(value)
+    shown = shown.lower() if isinstance(value, bool) else shown
+    about = escape(field.metadata["help"])
+    return f'<tr{kind} title="{about}"><th>{escape(name)}</th><td>{escape(shown)}</td></tr>'

@@ -16,7 +16,7 @@ import pytest
 
 from gpt2_flax import metrics
 from gpt2_flax.errors import NumericsError, StorageError, UserError
-from gpt2_flax.metrics import Meter, Progress, RunLog, plot_losses, read_log
+from gpt2_flax.metrics import Meter, Progress, RunLog, read_log
 from gpt2_flax.model import FlaxGPT2LMHeadModule
 
 # ---------------------------------------------------------------- floating-point operations
