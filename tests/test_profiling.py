@@ -65,7 +65,7 @@ def test_a_trace_that_cannot_be_written_is_a_storage_error(tmp_path, monkeypatch
     def stop_trace():
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **options: None)
     monkeypatch.setattr(jax.profiler, "stop_trace", stop_trace)
     trace = StepTrace(tmp_path, (1, 2))
     trace.start()

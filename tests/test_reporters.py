@@ -12,9 +12,9 @@ import pytest
 from gpt2_flax import reporters
 from gpt2_flax.errors import UserError
 
+HAS_TENSORBOARD = all(map(importlib.util.find_spec, ("tensorboardX", "tensorboard")))
 needs_tensorboard = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("tensorboardX", "tensorboard"))),
-    reason="tensorboardX and tensorboard are optional",
+    not HAS_TENSORBOARD, reason="tensorboardX and tensorboard are optional"
 )
 needs_wandb = pytest.mark.skipif(
     importlib.util.find_spec("wandb") is None, reason="wandb is optional"

@@ -14,12 +14,16 @@ from gpt2_flax.errors import UserError
 from gpt2_flax.samples import SampleLog
 from gpt2_flax.train import train
 from tests.test_profiling import read_steps
-from tests.test_reporters import needs_tensorboard, read_tensorboard
+from tests.test_reporters import HAS_TENSORBOARD, needs_tensorboard, read_tensorboard
 
+REPORT_TO = "tensorboard" if HAS_TENSORBOARD else "none"
+
+# A rate that depends on no length: one compiled step serves all runs here.
 FLAGS = [
+    "--lr_schedule", "constant", "--warmup_steps", "0",
     "--n_layers", "1", "--n_heads", "2", "--n_embd", "8", "--n_positions", "24",
     "--block_size", "16", "--batch_size", "1", "--tokenizer", "bytes", "--max_steps", "9",
-    "--log_every", "2", "--eval_every", "3", "--learning_rate", "1e-2", "--dropout", "0.1",
+    "--log_every", "2", "--eval_every", "3", "--learning_rate", "1e-2", "--dropout", "0",
     "--sample_prompt", "tea", "--sample_tokens", "12",
 ]  # fmt: skip
 
@@ -43,8 +47,11 @@ def run(text):
 
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory):
+    """A run that was never interrupted; three evaluations and its end sampled by one program."""
     output_dir = tmp_path_factory.mktemp("finished") / "run"
-    assert run(output_dir, "--report_to", "none") == 0
+    before = decoding.decode_compiled._cache_size()
+    assert run(output_dir, "--report_to", REPORT_TO) == 0
+    assert decoding.decode_compiled._cache_size() == before + 1
     return output_dir
 
 
@@ -67,13 +74,10 @@ def kill():
 # ---------------------------------------------------------------- samples
 
 
-def test_a_sample_is_made_at_each_evaluation_by_one_program(run, finished, tmp_path):
+def test_a_sample_is_made_at_each_evaluation(finished):
     samples = SampleLog(finished).read()
     assert list(samples) == [3, 6, 9]
     assert all(text.startswith("tea") for text in samples.values())
-    before = decoding.decode_compiled._cache_size()
-    assert run(tmp_path / "run", "--sample_tokens", "13", "--max_steps", "6") == 0
-    assert decoding.decode_compiled._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
@@ -110,13 +114,6 @@ def test_no_sample_is_made_if_none_is_wanted(run, tmp_path, capsys):
         run(tmp_path / "other", "--sample_tokens", "0")
 
 
-def test_another_prompt_of_a_finished_run_is_sampled(run, finished, tmp_path, capsys):
-    assert run(tmp_path / "run", "--max_steps", "3") == 0
-    assert run(tmp_path / "run", "--max_steps", "3", "--sample_prompt", "milk") == 0
-    assert SampleLog(tmp_path / "run").read()[3].startswith("milk")
-    assert "--prompt milk" in capsys.readouterr().out
-
-
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(run, tmp_path):
     with pytest.raises(UserError, match="sample_prompt is 24 tokens long"):
         run(tmp_path / "run", "--sample_prompt", "x" * 24)
@@ -128,16 +125,17 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(run,
 
 def test_a_trace_of_steps_of_a_resumed_run(run, tmp_path, monkeypatch, capsys):
     """Stopped at step 4, it goes on with 5: of the steps 3 to 6, two are in either trace."""
+    flags = ("--profile", "3:6", "--sample_tokens", "0", "--sample_prompt", "")
     with monkeypatch.context() as patch:
         interrupt(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
-        assert run(tmp_path, "--profile", "3:6") == 130
+        assert run(tmp_path, *flags) == 130
     assert read_steps(tmp_path) == [3, 4]
     (first,) = (tmp_path / "profile" / "plugins" / "profile").iterdir()
     first.rename(tmp_path / "first")
-    assert run(tmp_path, "--profile", "3:6") == 0
+    assert run(tmp_path, *flags) == 0
     assert read_steps(tmp_path) == [5, 6]
     assert "the trace of steps 3:6 is in" in capsys.readouterr().err
-    assert run(tmp_path, "--profile", "3:6", "--max_steps", "10") == 0
+    assert run(tmp_path, *flags, "--max_steps", "10") == 0
     assert "these steps were made before; nothing is traced" in capsys.readouterr().err
 
 
@@ -150,10 +148,9 @@ def test_steps_that_the_run_does_not_have_are_refused(run, tmp_path):
 
 
 @needs_tensorboard
-def test_tensorboard_has_the_rows_of_the_log_and_the_samples(run, tmp_path):
-    assert run(tmp_path, "--report_to", "tensorboard") == 0
-    shown = read_tensorboard(tmp_path)
-    rows = metrics.read_log(tmp_path / "metrics.jsonl")
+def test_tensorboard_has_the_rows_of_the_log_and_the_samples(finished):
+    shown = read_tensorboard(finished)
+    rows = metrics.read_log(finished / "metrics.jsonl")
     for name in ("train_loss", "validation_loss", "learning_rate", "process_peak_memory_bytes"):
         expected = [(row["step"], row[name]) for row in rows if name in row]
         steps, values = zip(*shown[name], strict=True)
@@ -161,13 +158,13 @@ def test_tensorboard_has_the_rows_of_the_log_and_the_samples(run, tmp_path):
         np.testing.assert_allclose(values, [value for _, value in expected], rtol=1e-6)
     samples = {step: text.removeprefix("    ").replace("\n    ", "\n")
                for step, text in shown["sample/text_summary"]}  # fmt: skip
-    assert samples == SampleLog(tmp_path).read()
+    assert samples == SampleLog(finished).read()
 
 
 # ---------------------------------------------------------------- at the end
 
 
-def test_a_run_ends_with_its_report_its_card_and_a_summary(run, text, tmp_path, capsys):
+def test_a_run_ends_with_its_report_its_card_and_a_summary_each_time(run, text, tmp_path, capsys):
     output_dir = tmp_path / "run"
     assert run(output_dir, "--max_steps", "3") == 0
     summary = capsys.readouterr().out
@@ -185,15 +182,16 @@ def test_a_run_ends_with_its_report_its_card_and_a_summary(run, text, tmp_path, 
     assert f"{loss} nats per token" in page and f"{loss} nats per token" in card
     transformers.GPT2LMHeadModel.from_pretrained(output_dir)  # whatever else lies beside it
 
+    # It goes on, and renews its own card; another prompt is sampled.
+    assert run(output_dir, "--max_steps", "4", "--sample_prompt", "milk") == 0
+    assert "| 4 of 8 rows each |" in (output_dir / "README.md").read_text("utf-8")
+    assert SampleLog(output_dir).read()[4].startswith("milk")
+    assert "--prompt milk" in capsys.readouterr().out
 
-def test_a_resumed_run_renews_its_own_card_and_leaves_somebody_s(run, tmp_path, capsys):
-    assert run(tmp_path, "--max_steps", "2") == 0
-    assert run(tmp_path, "--max_steps", "4") == 0
-    assert "| 4 of 8 rows each |" in (tmp_path / "README.md").read_text("utf-8")
-    (tmp_path / "README.md").write_text("mine")
-    capsys.readouterr()
-    assert run(tmp_path, "--max_steps", "4") == 0
-    assert (tmp_path / "README.md").read_text() == "mine"
+    # A finished run may say its last words again; a card of somebody's own stays.
+    (output_dir / "README.md").write_text("mine")
+    assert run(output_dir, "--max_steps", "4", "--sample_prompt", "milk") == 0
+    assert (output_dir / "README.md").read_text() == "mine"
     assert "README.md is somebody's own" in capsys.readouterr().err
 
 
