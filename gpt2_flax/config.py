@@ -488,7 +488,9 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
         )
         require(
             {"profile", "max_steps"},
-            span is None or not c.max_steps or span[1] <= c.max_steps,
+            span is None
+            or not isinstance(c.max_steps, int)
+            or span[1] <= (c.max_steps or span[1]),
             f"profile {plain(c.profile)} goes beyond max_steps {c.max_steps}\n"
             "  trace earlier steps",
         )

@@ -86,8 +86,8 @@ def results(outcome: Outcome) -> list[tuple[str, str]]:
         if peaks:
             found.append(("peak memory", f"{max(peaks) / 1e9:.2f} GB {of}"))
     bad = last(rows, "bad_steps")
-    if bad:
-        found.append(("bad steps", f"{bad['bad_steps']} skipped, not finite"))
+    if bad and bad["bad_steps"]:
+        found.append(("bad steps", f"{bad['bad_steps']} left out, not finite"))
     return found
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import html
 import importlib.util
+import os
 import pathlib
 import secrets
 
@@ -14,13 +15,18 @@ RUN_ID_FILE = "wandb_id.txt"
 
 
 def check(name: str) -> None:
-    """Raise UserError where the package behind `--report_to` is missing."""
+    """Raise UserError where the package behind `--report_to`, or its account, is missing."""
     package = PACKAGES.get(name)
     if package and importlib.util.find_spec(package) is None:
         raise UserError(
             f"--report_to {name} needs a package that is not installed: {package}\n"
             f"  pip install {package}{' tensorboard' if name == 'tensorboard' else ''}"
         )
+    if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        import wandb
+
+        with wandb_errors(wandb):
+            wandb.login()  # asks, on a terminal
 
 
 def make(name: str, output_dir, settings: dict, step: int):
@@ -73,14 +79,8 @@ class WandB:
 
         self.html = wandb.Html
         run_id = own_id(output_dir)
-        try:
+        with wandb_errors(wandb):
             self.run = wandb.init(dir=str(output_dir), config=settings, id=run_id, resume="allow")
-        except (wandb.Error, OSError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(
-                f"--report_to wandb: Weights & Biases did not start: {reason}\n"
-                "  wandb login, or WANDB_MODE=offline in the environment, or --report_to none"
-            ) from error
 
     def scalars(self, step: int, values: dict) -> None:
         self.run.log({k: v for k, v in values.items() if v is not None}, step=step)
@@ -91,6 +91,19 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
+
+
+@contextlib.contextmanager
+def wandb_errors(wandb):
+    """Turn what Weights & Biases raises into a UserError with the remedies."""
+    try:
+        yield
+    except (wandb.Error, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--report_to wandb: Weights & Biases did not start: {reason}\n"
+            "  wandb login, or WANDB_MODE=offline in the environment, or --report_to none"
+        ) from error
 
 
 def own_id(output_dir) -> str:

@@ -60,7 +60,7 @@ def test_results_are_those_of_the_rows():
         "MFU": "25.0% of 2 TFLOP/s, median",
         "time": "1:01 in all sessions",
         "peak memory": "2.00 GB of the process in main memory",
-        "bad steps": "3 skipped, not finite",
+        "bad steps": "3 left out, not finite",
     }
 
 

@@ -137,18 +137,33 @@ def test_sessions_of_a_run_have_one_id(tmp_path):
     assert reporters.own_id(tmp_path).isalnum()
 
 
-def test_a_wandb_that_does_not_start_is_the_user_s_to_put_right(tmp_path, monkeypatch):
-    class Error(Exception):
-        pass
+class WandBError(Exception):
+    pass
 
-    def init(**options):
-        assert options["resume"] == "allow"
-        raise Error("api_key not configured\nlong story")
 
-    module = types.SimpleNamespace(init=init, Error=Error, Html=None)
+@pytest.fixture
+def strict_wandb(monkeypatch):
+    """In place of the package: it can neither log in nor start."""
+
+    def fail(**options):
+        raise WandBError("api_key not configured\nlong story")
+
+    module = types.SimpleNamespace(init=fail, login=fail, Error=WandBError, Html=None)
     monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(reporters.importlib.util, "find_spec", lambda name: module)
+
+
+def test_a_wandb_that_does_not_start_is_the_user_s_to_put_right(tmp_path, strict_wandb):
     with pytest.raises(UserError, match=r"did not start: api_key not configured\n  wandb login"):
         reporters.make("wandb", tmp_path, {}, 0)
+
+
+def test_an_account_that_is_missing_is_found_before_the_run(strict_wandb, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UserError, match=r"did not start: api_key not configured\n  wandb login"):
+        reporters.check("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    reporters.check("wandb")
 
 
 # ---------------------------------------------------------------- both
