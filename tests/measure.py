@@ -4,7 +4,9 @@ python -m tests.measure decode [ROUNDS]   greedy decoding and PyTorch's, fresh p
 python -m tests.measure memory            temporary memory of a gradient, with and without
                                           gradient checkpointing, as the compiler plans it
 python -m tests.measure logging [ROUNDS]  steps with a row of the log each and with one in a
-                                          hundred, fresh processes of scripts/train.py in turn
+                                          hundred, fresh processes of scripts/train.py in turn;
+                                          first, what the host does for a row by itself
+                                          (0 rounds: only that)
 """
 
 import json
@@ -121,7 +123,38 @@ def time_steps(log_every: int, folder: str) -> float:
     return 1000 * (seconds[WARM_UP + TIMED] - seconds[WARM_UP]) / TIMED
 
 
+def log_rows(report_to: str, n_rows: int = 600) -> tuple[float, float]:
+    """Median milliseconds of a row of the log: (of the thread's processor time, by the clock)."""
+    import jax.numpy as jnp
+
+    from gpt2_flax import metrics, reporters
+
+    with tempfile.TemporaryDirectory() as folder:
+        reporter = reporters.make(report_to, folder, {}, 0)
+        log, progress = metrics.RunLog(folder, reporter), metrics.Progress(n_rows, 0)
+        meter = metrics.Meter(0, 0.0, [], 1.0, None)
+        values = {name: jnp.float32(2) for name in ("loss_sum", "tokens", "grad_norm")}
+        busy, passed = [], []
+        for n in range(1, n_rows + 1):
+            meter.add(n, values)
+            progress.advance()
+            at = time.thread_time(), time.perf_counter()
+            row = meter.close_window(n, 0.1, 0.1)
+            if row is not None:
+                log.write(row)
+                progress.show(n, row["train_loss"], row["tokens_per_second"])
+            busy.append(1000 * (time.thread_time() - at[0]))
+            passed.append(1000 * (time.perf_counter() - at[1]))
+        reporter.close()
+    return statistics.median(busy), statistics.median(passed)
+
+
 def logging(rounds: int) -> None:
+    for report_to in ("none", "tensorboard"):
+        busy, passed = log_rows(report_to)
+        print(f"a row, --report_to {report_to}: {busy:.2f} ms of processor time, {passed:.2f} ms")
+    if not rounds:
+        return
     taken = {1: [], 100: []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):

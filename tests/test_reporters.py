@@ -78,12 +78,14 @@ def read_wandb(path):
     from wandb.proto import wandb_internal_pb2
 
     content, at, parts = path.read_bytes(), 7, b""
-    assert content[:4] == b":W&B"
+    assert b":W&B".startswith(content[:4])
     while at + 7 <= len(content):
         if (left := 32768 - at % 32768) < 7:  # a block's end, too short for a head
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        if at + 7 + length > len(content):  # it is still being written
+            return
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -91,6 +93,17 @@ def read_wandb(path):
             record.ParseFromString(parts)
             parts = b""
             yield record
+
+
+def read_when_ended(path):
+    """Another process writes the file, and may still be at it."""
+    last = time.monotonic() + 60
+    while time.monotonic() < last:
+        records = list(read_wandb(path))
+        if records and records[-1].HasField("exit"):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"no end in {[record.WhichOneof('record_type') for record in records]}")
 
 
 @pytest.fixture
@@ -111,7 +124,7 @@ def test_wandb_holds_numbers_and_texts(offline, tmp_path):
     reporter.scalars(8, {"validation_loss": 2.0})
     reporter.close()
     (log,) = tmp_path.glob("wandb/offline-*/*.wandb")
-    records = list(read_wandb(log))
+    records = read_when_ended(log)
     history = [
         {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
         for record in records
