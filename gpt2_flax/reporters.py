@@ -48,7 +48,7 @@ class Nobody:
         """Report a text, such as a sample."""
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write out what is left. May be called again."""
 
 
 class TensorBoard:

@@ -122,6 +122,7 @@ def train(config: TrainConfig) -> int:
         if sampler is not None and sampler.newest != int(state.step):
             sample_now(int(state.step), state.params)
         finish(run, config, state, tokenizer, output_dir, run_log)
+        reporter.close()  # before the summary, since Weights & Biases prints one of its own
         look_back(run, config, state, about_text, run_log, sample_log, checkpoints)
     return 0
 

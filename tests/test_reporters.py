@@ -48,6 +48,7 @@ def test_tensorboard_shows_numbers_and_texts(tmp_path):
     reporter.scalars(8, {"train_loss": 2.25, "tokens": 10})
     reporter.text(8, "sample", "one *line*\n<b>two</b>")
     reporter.close()
+    reporter.close()
     assert read_tensorboard(tmp_path) == {
         "train_loss": [(7, 2.5), (8, 2.25)],
         "tokens": [(8, 10.0)],
@@ -122,6 +123,7 @@ def test_wandb_holds_numbers_and_texts(offline, tmp_path):
     reporter.scalars(8, {"train_loss": 2.25})
     reporter.text(8, "sample", "<script>x</script>\ntwo")
     reporter.scalars(8, {"validation_loss": 2.0})
+    reporter.close()
     reporter.close()
     (log,) = tmp_path.glob("wandb/offline-*/*.wandb")
     records = read_when_ended(log)
