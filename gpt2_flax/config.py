@@ -7,6 +7,7 @@ name; flags win over the file given by `--config`.
 import argparse
 import dataclasses
 import difflib
+import re
 import typing
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from gpt2_flax.errors import UserError
 DATASET_ALIASES = {"wikitext": "Salesforce/wikitext"}
 EMBEDDED_DATASET = "python_stdlib"
 MAX_YAML_BYTES = 64 * 1024
+MAX_PROFILED = 100  # steps: a trace holds every operation of each, in memory at first
 
 
 def setting(default, help, **metadata):
@@ -150,8 +152,19 @@ class TrainConfig:
     ledger: bool = setting(
         False, "write the epoch and row number of all rows of each step to ledger.jsonl"
     )
-    sample_prompt: str = setting("", "text that the sample at the end continues")
-    sample_tokens: int = setting(100, "length of the sample at the end; 0: none")
+    sample_prompt: str = setting(
+        "",
+        "text that a sample continues at each evaluation, into samples.txt; empty: a new text,"
+        " from the end-of-text token",
+    )
+    sample_tokens: int = setting(
+        100, "tokens of a sample, as far as n_positions leaves room after the prompt; 0: none"
+    )
+    profile: str = setting(
+        "",
+        f"trace these steps, first:last such as 10:15, into output_dir/profile; at most"
+        f" {MAX_PROFILED} steps",
+    )
     debug: bool = setting(False, "show the traceback of an error")
 
 
@@ -171,7 +184,7 @@ FREE_ON_RESUME = {
     *COMMAND_ONLY,
     "output_dir", "cache_dir", "parallel", "log_every", "eval_every", "eval_rows",
     "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
-    "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger",
+    "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger", "profile",
 }  # fmt: skip
 
 
@@ -466,7 +479,32 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
             f"tokenizer {plain(c.tokenizer)}: bpe:N needs N of at least 257"
             " (256 bytes and end-of-text)\n  for example --tokenizer bpe:8192",
         )
+    if c.profile:
+        span = profiled_steps(c.profile)
+        require(
+            {"profile"},
+            span is not None,
+            f"profile {plain(c.profile)}: expected first:last, the steps to trace\n"
+            f"  for example --profile 10:15; step 1 is the first, and {MAX_PROFILED} are the most",
+        )
+        require(
+            {"profile", "max_steps"},
+            span is None
+            or not isinstance(c.max_steps, int)
+            or span[1] <= (c.max_steps or span[1]),
+            f"profile {plain(c.profile)} goes beyond max_steps {c.max_steps}\n"
+            "  trace earlier steps",
+        )
     return faults + find_conflicts(c, given, doubtful)
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+    """(first, last) step that `--profile` names, both to be traced; None where it names none."""
+    match = re.fullmatch(r"([0-9]{1,12}):([0-9]{1,12})", text)
+    if match is None:
+        return None
+    first, last = map(int, match.groups())
+    return (first, last) if 1 <= first <= last < first + MAX_PROFILED else None
 
 
 def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str]:
@@ -504,6 +542,7 @@ def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[
         ({"min_learning_rate"}, c.lr_schedule == "constant", "lr_schedule constant"),
         ({"adam_epsilon"}, c.optimizer not in ("adamw", "muon"), f"optimizer {c.optimizer}"),
         ({"beta2"}, c.optimizer == "sgd", "optimizer sgd"),
+        ({"sample_prompt"}, c.sample_tokens == 0, "sample_tokens 0"),
     ]
     return [
         f"{name} has no effect with {other}\n  leave one of the two out"

@@ -9,16 +9,30 @@ import logging
 import math
 import os
 import pathlib
-import shlex
 import signal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import transformers
 import yaml
 
-from gpt2_flax import checkpoint, evaluate, generation, metrics, optim, parallel, step
-from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml
+from gpt2_flax import (
+    checkpoint,
+    curves,
+    evaluate,
+    metrics,
+    model_card,
+    optim,
+    outcome,
+    parallel,
+    profiling,
+    report,
+    reporters,
+    samples,
+    step,
+)
+from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml, profiled_steps
 from gpt2_flax.data import batches, opening, show
 from gpt2_flax.errors import CheckpointError, StorageError, UserError, say
 from gpt2_flax.model import FlaxGPT2LMHeadModule
@@ -28,7 +42,8 @@ from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 SETTINGS_FILE = "config.yaml"
 # A directory that holds one of these and no settings of ours is somebody's own.
 FOREIGN_FILES = (
-    "config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "metrics.jsonl"
+    "config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack",
+    metrics.LOG_FILE, samples.SAMPLES_FILE, report.REPORT_FILE,
 )  # fmt: skip
 log = logging.getLogger("gpt2_flax")
 
@@ -49,10 +64,11 @@ def train(config: TrainConfig) -> int:
         if holds_a_run:
             cleanup.enter_context(locked(output_dir))
         continuing = check_output_dir(config, output_dir)
-        metrics.check_reporter(config.report_to)
+        reporters.check(config.report_to)
         text = opening.open_text(config)
         tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
         model_config, given_params = choose_model(config, tokenizer, output_dir, continuing)
+        sampler = make_sampler(config, model_config, tokenizer)
         train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
 
         # -------------------------------------------------------- build
@@ -66,30 +82,48 @@ def train(config: TrainConfig) -> int:
         cleanup.callback(checkpoints.close)
         newest, newest_meta = checkpoints.newest_meta()
         run = build_run(config, model_config, train_rows, newest, newest_meta)
+        trace = make_trace(config, output_dir, run.total_steps)
 
         # -------------------------------------------------------- restore
         state, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
         if int(state.step) != newest:  # that one is damaged: another number of steps is left
             run = build_run(config, model_config, train_rows, int(state.step), meta)
-        run_log = metrics.RunLog(output_dir, config.report_to, dataclasses.asdict(config))
-        cleanup.callback(run_log.close)
+        reporter = reporters.make(
+            config.report_to, output_dir, dataclasses.asdict(config), int(state.step)
+        )
+        cleanup.callback(reporter.close)
+        run_log = metrics.RunLog(output_dir, reporter)
         run_log.forget_after(int(state.step))
+        sample_log = samples.SampleLog(output_dir)
+        sample_log.forget_after(int(state.step))
         ledger = metrics.StepLog(output_dir / metrics.LEDGER_FILE) if config.ledger else None
         if ledger is not None:
             ledger.forget_after(int(state.step))
-        describe_run(run, config, train_rows, held_out, about_text, state)
+        about_text = describe_text(config, train_rows, held_out, about_text)
+        describe_run(run, config, about_text, state, trace)
 
         # -------------------------------------------------------- loop
+        def sample_now(n, params):
+            if sampler is not None:
+                text = sampler.sample(params, n)
+                sample_log.put(n, text)
+                reporter.text(n, "sample", text)
+
         state, stopped_by = loop(
-            run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger
-        )
+            run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger,
+            sample_now, trace,
+        )  # fmt: skip
         opening.warn_of_stream(train_rows)
         if stopped_by is not None:
             say(f"saved step {int(state.step)}; the same command goes on from there")
             return 128 + stopped_by
 
         # -------------------------------------------------------- finish
+        if sampler is not None and sampler.newest != int(state.step):
+            sample_now(int(state.step), state.params)
         finish(run, config, state, tokenizer, output_dir, run_log)
+        reporter.close()  # before the summary, since Weights & Biases prints one of its own
+        look_back(run, config, state, about_text, run_log, sample_log, checkpoints)
     return 0
 
 
@@ -364,6 +398,26 @@ def keep_global_batch(saved: int, config: TrainConfig) -> int:
     return saved
 
 
+def make_sampler(config, model_config, tokenizer) -> samples.Sampler | None:
+    if not config.sample_tokens:
+        return None
+    return samples.Sampler(
+        model_config, jnp.dtype(config.dtype), tokenizer, config.sample_prompt,
+        config.sample_tokens, config.seed,
+    )  # fmt: skip
+
+
+def make_trace(config, output_dir, total_steps) -> profiling.StepTrace:
+    """Raises UserError for steps that the run does not have."""
+    span = profiled_steps(config.profile)
+    if span is not None and span[1] > total_steps:
+        raise UserError(
+            f"profile {config.profile} goes beyond the run's {total_steps} steps\n"
+            "  trace earlier steps"
+        )
+    return profiling.StepTrace(output_dir, span)
+
+
 # ---------------------------------------------------------------- restore
 
 
@@ -442,12 +496,16 @@ class InterruptedEvaluationError(Exception):
     """An evaluation was cut short by a stop request."""
 
 
-def loop(run, config, state, meta, rows, held_out, checkpoints, run_log, ledger):
+def loop(
+    run, config, state, meta, rows, held_out, checkpoints, run_log, ledger, sample_now, trace
+):  # fmt: skip
     """Train to the last step. Returns (state, the signal that stopped it early or None)."""
     n = first = int(state.step)
     cursor, evaluated = meta["cursor"], meta["evaluated"]
     meter = metrics.Meter(meta["tokens"], meta["seconds"], meta["window"], run.flops, run.peak)
     progress = metrics.Progress(run.total_steps, n)
+    # On the host before the first step: asked for later, a rate would wait for the device.
+    rates = np.broadcast_to(run.schedule(jnp.arange(run.total_steps)), run.total_steps)
 
     def report(row):
         if row is not None:
@@ -455,19 +513,25 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log, ledger)
             progress.show(row["step"], row["train_loss"], row["tokens_per_second"])
 
     def evaluate_now():
-        """Evaluate, and log it in the same row as the step's training loss, if it has one."""
+        """Evaluate, sample, and draw. Returns the validation loss, None without such a text.
+
+        It is logged in the same row as the step's training loss, if that has one.
+        """
         nonlocal evaluated
-        row = meter.flush()
-        if row is not None:
-            report(row)
+        report(meter.flush())
+        loss = None if held_out is None else validate()
+        sample_now(n, state.params)
+        evaluated = n
+        curves.draw(metrics.read_log(run_log.path), run_log.path.with_name(curves.PLOT_FILE))
+        return loss
+
+    def validate():
         # A trial of a few steps is not to be followed by an evaluation longer than itself.
         n_rows = config.eval_rows or run.total_steps * run.global_batch
         loss, n_tokens = held_out_loss(run, config, state.params, held_out, n_rows, stop)
         perplexity = evaluate.perplexity(loss)
-        row = run_log.take(n) or {"step": n, "tokens": meter.tokens_now()}
-        run_log.write(row | {"validation_loss": loss, "perplexity": perplexity})
-        evaluated = n
-        metrics.plot_losses(metrics.read_log(run_log.path), run_log.path.with_name("loss.png"))
+        about = {"step": n, "tokens": meter.tokens_now()}
+        run_log.merge(about | {"validation_loss": loss, "perplexity": perplexity})
         part = "" if n_tokens == len(held_out) - 1 else f" (on the first {n_tokens:,} tokens)"
         progress.say(f"step {n}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{part}")
         return loss
@@ -486,14 +550,20 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log, ledger)
         steps,
         lambda taken: taken._replace(batch=parallel.put_batch(taken.batch, run.micro_batches)),
     )
-    with StopRequest() as stop, contextlib.closing(progress), contextlib.closing(ready):
+
+    with contextlib.ExitStack() as cleanup:
+        stop = cleanup.enter_context(StopRequest())
+        for opened in (progress, ready, trace):
+            cleanup.enter_context(contextlib.closing(opened))
         # A stop request may have cut off the evaluation that belongs to this step.
-        evaluate_first = n and held_out is not None and is_due(config.eval_every)
-        if evaluate_first and evaluated != n:
+        if n and is_due(config.eval_every) and evaluated != n:
             with contextlib.suppress(InterruptedEvaluationError):
                 evaluate_now()
+        if trace.begins_at(n + 1):
+            trace.start()
         for batch, numbers, cursor in ready:
-            state, values = run.train_step(state, batch)
+            with trace.annotated(n + 1):
+                state, values = run.train_step(state, batch)
             n += 1
             if ledger is not None:
                 ledger.write({"step": n, "rows": numbers.tolist()})
@@ -502,13 +572,20 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log, ledger)
             validation_loss = None
             if is_due(config.log_every):
                 epoch = cursor["rows"] / rows.count if rows.count else cursor["epoch"]
-                report(meter.close_window(n, round(epoch, 6), float(run.schedule(n - 1))))
+                report(meter.close_window(n, round(epoch, 6), float(rates[n - 1])))
             with meter.paused():
-                if held_out is not None and is_due(config.eval_every) and not stop.signal:
+                if trace.ends_at(n):
+                    report(meter.flush())
+                    trace.stop()
+                    progress.say(f"the trace of steps {config.profile} is in {trace.folder}")
+                if is_due(config.eval_every) and not stop.signal:
                     with contextlib.suppress(InterruptedEvaluationError):
                         validation_loss = evaluate_now()
                 if is_due(run.save_every) or stop.signal:
                     save_now(validation_loss)
+                if trace.begins_at(n + 1) and not stop.signal:
+                    report(meter.flush())
+                    trace.start()
             if stop.signal:
                 break
         report(meter.flush())
@@ -543,58 +620,79 @@ def held_out_loss(run, config, params, held_out, n_rows, stop) -> tuple[float, i
 
 
 def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
-    """Export the model, draw the curves, show a sample, and say what to do next."""
+    """Export the model and draw the curves."""
     model = FlaxGPT2LMHeadModel(
         run.model_config, dtype=run.module.dtype, params=jax.device_get(state.params)
     )
     try:
         model.save_pretrained(output_dir)
         tokenizer.save(output_dir)
-        rows = metrics.read_log(run_log.path)
-        metrics.plot_losses(rows, output_dir / metrics.PLOT_FILE)
     except OSError as error:
         raise StorageError(f"cannot write the model into {output_dir}: {error}") from error
-    room = run.model_config.n_positions - max(1, len(tokenizer.encode(config.sample_prompt)))
-    n_new = min(config.sample_tokens, room)
-    if n_new > 0:
-        text = generation.continue_text(
-            model, tokenizer, config.sample_prompt, n_new,
-            temperature=0.8, top_k=40, top_p=1.0, seed=config.seed,
-        )  # fmt: skip
-        print(f"\n--- a sample ---\n{text}\n----------------\n")
-    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    tokens = f", {rows[-1]['tokens']:,} tokens" if rows else ""
-    held_out = f"; validation loss {losses[-1]:.4f}" if losses else ""
-    prompt = shlex.quote(config.sample_prompt or "Once")
-    print(
-        f"done: {int(state.step):,} steps{tokens}{held_out}\n"
-        f"model:    {output_dir}  (PyTorch: GPT2LMHeadModel.from_pretrained('{output_dir}'))\n"
-        f"curves:   {output_dir / metrics.PLOT_FILE}\n"
-        f"generate: python scripts/generate.py --model {shlex.quote(str(output_dir))}"
-        f" --prompt {prompt} --max_new_tokens 100"
+    curves.draw(metrics.read_log(run_log.path), output_dir / curves.PLOT_FILE)
+
+
+def look_back(run, config, state, about_text, run_log, sample_log, checkpoints) -> None:
+    """Write report.html and the model card, and say what came of the run and what to do next."""
+    output_dir = pathlib.Path(config.output_dir)
+    came_to = outcome.Outcome(
+        config=config,
+        saved=yaml.safe_load((output_dir / SETTINGS_FILE).read_text("utf-8")),
+        model=describe_model(run, state),
+        about_text=about_text,
+        step=int(state.step),
+        rows_per_step=run.global_batch,
+        peak=run.peak,
+        rows=metrics.read_log(run_log.path),
+        samples=sample_log.read() if config.sample_tokens else {},
+        checkpoints=checkpoints.steps(),
     )
+    report.write(came_to, output_dir / curves.PLOT_FILE, output_dir / report.REPORT_FILE)
+    if not model_card.write(came_to, output_dir / model_card.CARD_FILE):
+        say(f"{output_dir / model_card.CARD_FILE} is somebody's own and stays as it is")
+    for line in outcome.summary(came_to):
+        print(line)
 
 
 # ---------------------------------------------------------------- words
 
 
-def describe_run(run, config, rows, held_out, about_text, state) -> None:
-    devices = jax.devices()
-    n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+def describe_model(run, state) -> dict:
     c = run.model_config
-    say(f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}, {config.dtype}")
-    say(
-        f"model: {c.n_layer} layers x {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size}:"
-        f" {n_params / 1e6:.1f}M parameters"
+    return {
+        "layers": c.n_layer,
+        "width": c.n_embd,
+        "heads": c.n_head,
+        "positions": c.n_positions,
+        "vocabulary": c.vocab_size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    }
+
+
+def describe_text(config, rows, held_out, about: dict) -> str:
+    """A line on the training text and its size, where that is known."""
+    if config.train_file:
+        name = ", ".join(outcome.public("train_file", config.train_file))
+    else:
+        name = " ".join(filter(None, (config.dataset, config.dataset_config)))
+        name = outcome.public("dataset", name)
+    if rows.count is None:
+        return f"{name}, streamed; tokenizer {outcome.public('tokenizer', config.tokenizer)}"
+    documents = about.get("documents")
+    plural = "" if documents == 1 else "s"
+    in_documents = f"{documents:,} document{plural}, " if documents is not None else ""
+    evaluated = f"; {len(held_out):,} tokens held out" if held_out is not None else ""
+    return (
+        f"{name}: {in_documents}{rows.count:,} rows of {config.block_size} tokens an epoch,"
+        f" {rows.remainder} tokens left over{evaluated}"
     )
-    if rows.count is not None:
-        evaluated = f"; {len(held_out):,} tokens held out" if held_out is not None else ""
-        documents = about_text.get("documents")
-        in_documents = f"{documents:,} documents, " if documents is not None else ""
-        say(
-            f"text: {in_documents}{rows.count:,} rows of {config.block_size} tokens an epoch,"
-            f" {rows.remainder} tokens left over{evaluated}"
-        )
+
+
+def describe_run(run, config, about_text, state, trace) -> None:
+    devices = jax.devices()
+    say(f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}, {config.dtype}")
+    say(f"model: {outcome.describe_model(describe_model(run, state))}")
+    say(f"text: {about_text}")
     per_step = run.global_batch * config.block_size
     say(
         f"step: {run.global_batch} rows, {per_step:,} tokens (devices {len(devices)} x rows"
@@ -602,6 +700,8 @@ def describe_run(run, config, rows, held_out, about_text, state) -> None:
     )
     if int(state.step):
         say(f"continuing after step {int(state.step):,}")
+        if config.profile and int(state.step) >= trace.last:
+            say(f"profile {config.profile}: these steps were made before; nothing is traced")
     elif run.total_steps:
         say("compiling the first step")
 

@@ -40,6 +40,7 @@ ANOTHER = {
     "min_learning_rate": 1e-5,
     "tokenizer": "bpe:300",
     "encoding_errors": "replace",
+    "profile": "1:1",  # max_steps becomes 1
 }
 COMPANIONS = {
     "shuffle_window": ["--streaming"],

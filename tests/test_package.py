@@ -128,3 +128,6 @@ def test_requirements_are_the_project_s_dependencies():
     lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
     required = [line for line in (re.sub(r"#.*", "", line).strip() for line in lines) if line]
     assert required == project["dependencies"]
+    extras = [name for names in project["optional-dependencies"].values() for name in names]
+    dev = (ROOT / "requirements-dev.txt").read_text("utf-8")
+    assert all(re.search(rf"^{name}>=", dev, re.M) for name in extras)

@@ -83,7 +83,7 @@ def assert_same_run(a, b):
     for x, y in zip(jax.tree.leaves(state_a), jax.tree.leaves(state_b), strict=True):
         np.testing.assert_array_equal(x, y)
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    timed = ("tokens_per_second", "seconds", "mfu")
+    timed = ("tokens_per_second", "seconds", "mfu", "process_peak_memory_bytes")
     rows_a, rows_b = (
         [{k: v for k, v in row.items() if k not in timed} for row in metrics.read_log(path)]
         for path in (a / "metrics.jsonl", b / "metrics.jsonl")
@@ -105,7 +105,7 @@ def test_a_run_leaves_what_its_contract_says(finished):
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
     training = {
         "step", "epoch", "tokens", "train_loss", "learning_rate", "grad_norm",
-        "tokens_per_second", "mfu", "seconds",
+        "tokens_per_second", "mfu", "seconds", "process_peak_memory_bytes",
     }  # fmt: skip
     assert rows[0].keys() == training
     assert rows[1].keys() == training | {"validation_loss", "perplexity"}
