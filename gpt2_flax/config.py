@@ -101,7 +101,7 @@ class TrainConfig:
     max_steps: int = setting(0, "stop after this many steps, whatever epochs says; 0: no limit")
     batch_size: int = setting(8, "rows on each device at a time")
     grad_accum: int = setting(1, "batches whose gradients are added up for one step")
-    optimizer: Literal["adamw", "muon", "lion", "sgd"] = setting(
+    optimizer: Literal["adamw", "adafactor", "muon", "lion", "sgd"] = setting(
         "adamw", "update rule, from optax; muon leaves embeddings, scales and biases to Adam"
     )
     learning_rate: float = setting(6e-4, "peak learning rate")

@@ -312,7 +312,7 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
         raise UserError(
             f"{config.epochs} epochs of {rows.count} rows are no step\n  raise --epochs"
         )
-    warmup = optim.count_warmup(config.warmup_steps, total_steps)
+    warmup = optim.count_part(config.warmup_steps, total_steps)
     schedule = optim.make_schedule(
         config.lr_schedule, config.learning_rate, config.min_learning_rate, warmup, total_steps
     )
