@@ -343,7 +343,8 @@ def test_adafactor_is_optax_s(shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "rate"), [("adamw", 0.1), ("lion", 0.05), ("sgd", 0.02), ("muon", 0.2), ("adafactor", 0.1)]
+    ("name", "rate"),
+    [("adamw", 0.1), ("lion", 0.05), ("sgd", 0.02), ("muon", 0.2), ("adafactor", 0.1)],
 )
 def test_every_optimizer_goes_down_a_quadratic(name, rate, tiny_config):
     shapes = flatten_dict(param_shapes(tiny_config(n_layer=1)))
