@@ -10,7 +10,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from gpt2_flax.errors import NumericsError
@@ -18,6 +17,10 @@ from gpt2_flax.run_files import replace_file, storage_errors
 
 LOG_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.jsonl"
+STEADIER = (
+    "in another --output_dir, lower --learning_rate or --grad_clip, lengthen --warmup_steps, or"
+    " use --dtype float32"
+)
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (TPU: per jax device).
 # The first name that is part of the device's kind counts.
 PEAK_FLOPS = {
@@ -134,13 +137,17 @@ class Meter:
     device never waits for the host.
     """
 
-    def __init__(self, tokens: int, seconds: float, window: list, flops: float, peak):
-        """tokens, seconds, window: what `snapshot` gave before; else 0, 0 and [].
+    def __init__(self, before: dict, flops: float, peak: float | None, max_bad_steps: int):
+        """before: what `snapshot` gave; else its numbers as 0 and its window as [].
 
         flops: of one token. peak: FLOP/s of all devices together, None where unknown.
+        max_bad_steps: steps in a row whose loss or gradient may not be finite.
         """
-        self.tokens, self.seconds_before = tokens, seconds
-        self.window = [tuple(entry) for entry in window]
+        self.tokens, self.seconds_before = before["tokens"], before["seconds"]
+        self.window = [tuple(entry) for entry in before["window"]]
+        self.bad_steps, self.bad_in_a_row = before["bad_steps"], before["bad_in_a_row"]
+        self.max_bad_steps, self.noted = max_bad_steps, self.bad_steps
+        self.counted = self.window[-1][0] if self.window else -1  # step up to which they are
         self.flops, self.peak = flops, peak
         self.waiting = None
         self.began = time.perf_counter()
@@ -190,19 +197,21 @@ class Meter:
             return None
         window, (step, epoch, learning_rate, seconds), ended, timed_from = self.waiting
         self.waiting = None
-        window = fetch(window)
+        window = self.fetch(window)
         passed, self.since = ended.result() - self.since, ended.result()
-        sums = np.asarray(window, np.float64)
-        self.tokens += int(sums[:, 2].sum())
-        timed_tokens = sums[timed_from:, 2].sum()
+        self.tokens += count_tokens(window)
+        timed_tokens = count_tokens(window[timed_from:])
         speed = timed_tokens / passed if timed_tokens else None
+        good = [entry for entry in window if entry[1] is not None]
+        loss = sum(entry[1] for entry in good) / count_tokens(good) if good else None
         return {
             "step": step,
             "epoch": epoch,
             "tokens": self.tokens,
-            "train_loss": float(sums[:, 1].sum() / sums[:, 2].sum()),
+            "train_loss": loss,
             "learning_rate": learning_rate,
-            "grad_norm": window[-1][3],
+            "grad_norm": good[-1][3] if good else None,
+            "bad_steps": self.bad_steps,
             "tokens_per_second": speed,
             "mfu": speed * self.flops / self.peak if speed and self.peak else None,
             "seconds": seconds,
@@ -212,15 +221,48 @@ class Meter:
     def snapshot(self) -> dict:
         """What a checkpoint needs of it. Call `flush` first."""
         assert self.waiting is None
-        self.window = fetch(self.window)
-        seconds = time.perf_counter() - self.began + self.seconds_before
-        # A copy: it is written by a thread while this window goes on growing.
-        return {"tokens": self.tokens, "seconds": seconds, "window": list(self.window)}
+        self.window = self.fetch(self.window)
+        return {
+            "tokens": self.tokens,
+            "seconds": time.perf_counter() - self.began + self.seconds_before,
+            # A copy: it is written by a thread while this window goes on growing.
+            "window": list(self.window),
+            "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
 
     def tokens_now(self) -> int:
         """Tokens trained on, those of the open window included. Call `flush` first."""
-        self.window = fetch(self.window)
-        return self.tokens + int(sum(entry[2] for entry in self.window))
+        self.window = self.fetch(self.window)
+        return self.tokens + count_tokens(self.window)
+
+    def fetch(self, window: list[tuple]) -> list[tuple]:
+        """A window's numbers on the host, None for loss and norm of a step that was left out.
+
+        Counts such steps. Raises NumericsError after more of them in a row than are allowed.
+        """
+        window = [as_numbers(*entry) for entry in jax.device_get(window)]
+        for n, loss_sum, *_ in window:
+            if n <= self.counted:
+                continue
+            self.counted = n
+            self.bad_in_a_row = self.bad_in_a_row + 1 if loss_sum is None else 0
+            self.bad_steps += loss_sum is None
+            if self.bad_in_a_row > self.max_bad_steps:
+                raise NumericsError(
+                    f"step {n}: for {self.bad_in_a_row} steps in a row the loss or the gradient"
+                    " was not a finite number; they changed nothing, and the newest checkpoint"
+                    f" is from before them or leaves them out\n  {STEADIER}"
+                )
+        return window
+
+    def notes(self) -> list[str]:
+        """What is to be said of steps that were left out since the last call."""
+        found, self.noted = self.bad_steps - self.noted, self.bad_steps
+        if not found:
+            return []
+        steps = "a step's" if found == 1 else f"{found} steps'"
+        return [f"{steps} loss or gradient was not finite: left out ({self.bad_steps} so far)"]
 
 
 def time_of_arrival(values) -> float:
@@ -228,18 +270,15 @@ def time_of_arrival(values) -> float:
     return time.perf_counter()
 
 
-def fetch(window: list[tuple]) -> list[tuple]:
-    """A window's numbers on the host. Raises NumericsError where one is not finite."""
-    window = [(step, *map(float, values)) for step, *values in jax.device_get(window)]
-    for step, loss_sum, tokens, grad_norm in window:
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            raise NumericsError(
-                f"step {step}: the loss is {loss_sum / tokens} and the gradient's norm"
-                f" {grad_norm}; nothing of it was saved\n"
-                "  in another --output_dir, lower --learning_rate or --grad_clip, lengthen"
-                " --warmup_steps, or use --dtype float32"
-            )
-    return window
+def as_numbers(step: int, loss_sum, tokens, grad_norm) -> tuple:
+    """An entry of a window as JSON can hold it: no loss and no norm where one isn't finite."""
+    if loss_sum is None or not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+        return step, None, float(tokens), None
+    return step, float(loss_sum), float(tokens), float(grad_norm)
+
+
+def count_tokens(window: list[tuple]) -> int:
+    return int(sum(entry[2] for entry in window))
 
 
 class Progress:
@@ -267,10 +306,10 @@ class Progress:
             self.bar.set_postfix_str("  ".join(words), refresh=False)
         self.bar.update()
 
-    def show(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+    def show(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
         speed = "" if tokens_per_second is None else f"  {tokens_per_second:,.0f} tok/s"
         left = self.time_left(step)
-        words = f"loss {loss:.4f}{speed}"
+        words = f"loss {math.nan if loss is None else loss:.4f}{speed}"
         if self.is_terminal:
             self.latest = words
             self.bar.set_postfix_str("  ".join(filter(None, (words, left))))

@@ -10,6 +10,8 @@ import math
 import os
 import pathlib
 import signal
+import statistics
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,9 @@ import yaml
 from gpt2_flax import (
     checkpoint,
     curves,
+    durations,
     evaluate,
+    memory,
     metrics,
     model_card,
     optim,
@@ -34,7 +38,7 @@ from gpt2_flax import (
 )
 from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml, profiled_steps
 from gpt2_flax.data import batches, opening, show
-from gpt2_flax.errors import CheckpointError, StorageError, UserError, say
+from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError, say
 from gpt2_flax.model import FlaxGPT2LMHeadModule
 from gpt2_flax.model_config import make_config
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
@@ -45,6 +49,7 @@ FOREIGN_FILES = (
     "config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack",
     metrics.LOG_FILE, samples.SAMPLES_FILE, report.REPORT_FILE,
 )  # fmt: skip
+RATES_AT_ONCE = 4096
 log = logging.getLogger("gpt2_flax")
 
 
@@ -109,10 +114,11 @@ def train(config: TrainConfig) -> int:
                 sample_log.put(n, text)
                 reporter.text(n, "sample", text)
 
-        state, stopped_by = loop(
-            run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger,
-            sample_now, trace,
-        )  # fmt: skip
+        with memory.out_of_memory(lambda: describe_memory(run, config), remedy_for_memory(config)):
+            state, stopped_by = loop(
+                run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger,
+                sample_now, trace,
+            )  # fmt: skip
         opening.warn_of_stream(train_rows)
         if stopped_by is not None:
             say(f"saved step {int(state.step)}; the same command goes on from there")
@@ -320,9 +326,12 @@ class Run:
     micro_batches: int
     eval_batch: int
     total_steps: int
-    save_every: int
+    logging: durations.Interval
+    evaluating: durations.Interval
+    saving: durations.Interval
     row_limit: float
     slots: slice
+    seconds_a_step: float | None  # where the run's length was given as a time
     flops: float  # of one token
     peak: float | None  # FLOP/s of all devices
 
@@ -333,31 +342,31 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
         model_config,
         jnp.dtype(config.dtype),
         pad_vocab_to_multiple_of=config.pad_vocab_to_multiple_of,
+        gradient_checkpointing=config.remat == "block",
+        attention_checkpointing=config.remat == "attention",
     )
+    saved_batch = meta["global_batch"] if meta is not None else None
+    if config.batch_size == "auto":
+        config = dataclasses.replace(
+            config, batch_size=choose_batch_size(config, module, rows.count, saved_batch)
+        )
     at_once = jax.device_count() * config.batch_size
     global_batch = at_once * config.grad_accum
-    if meta is not None and meta["global_batch"] != global_batch:
-        global_batch = keep_global_batch(meta["global_batch"], config)
+    if saved_batch not in (None, global_batch):
+        global_batch = keep_global_batch(saved_batch, config)
+    speed = meta.get("seconds_a_step") if meta is not None else None
+    if speed is None and durations.split(config.max_steps)[1] == "seconds":
+        speed = measure_step(config, module, global_batch)
 
-    row_limit = math.inf if config.max_steps else round(config.epochs * rows.count)
-    # A step that ended the run before it was given more epochs may have been a short one.
-    rows_left = row_limit - (meta["cursor"]["rows"] if meta is not None else 0)
-    total_steps = config.max_steps or first_step + math.ceil(rows_left / global_batch)
-    if row_limit < 1:
-        raise UserError(
-            f"{config.epochs} epochs of {rows.count} rows are no step\n  raise --epochs"
-        )
-    warmup = optim.count_warmup(config.warmup_steps, total_steps)
-    schedule = optim.make_schedule(
-        config.lr_schedule, config.learning_rate, config.min_learning_rate, warmup, total_steps
+    def in_steps(value):
+        return durations.in_steps(value, global_batch, config.block_size, rows.count)
+
+    total_steps, row_limit = count_steps(
+        config, rows, global_batch, first_step, meta, speed, in_steps
     )
-    optimizer = optim.make_optimizer(
-        config.optimizer, schedule, config.weight_decay, config.beta1, config.beta2,
-        config.adam_epsilon, config.grad_clip,
-    )  # fmt: skip
-    train_step = functools.partial(
-        step.train_step, model=module, optimizer=optimizer, seed=config.seed
-    )
+    schedule, optimizer = make_optimizer(config, total_steps, in_steps)
+    fixed = {"model": module, "optimizer": optimizer, "seed": config.seed}
+    train_step = functools.partial(step.train_step, **fixed)
     eval_step = functools.partial(step.eval_step, model=module)
     share = global_batch // jax.process_count()
     first = jax.process_index() * share
@@ -373,14 +382,61 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
         micro_batches=global_batch // at_once,
         eval_batch=at_once,
         total_steps=total_steps,
-        save_every=min(config.save_every, max(1, total_steps // 4)),
+        logging=make_interval(config.log_every, in_steps),
+        evaluating=make_interval(config.eval_every, in_steps),
+        saving=make_interval(config.save_every, in_steps, at_most=max(1, total_steps // 4)),
         row_limit=row_limit,
         slots=slice(first, first + share),
+        seconds_a_step=speed,
         flops=metrics.flops_per_token(
             model_config.n_layer, model_config.n_embd, model_config.vocab_size, config.block_size
         ),
         peak=peak and peak * jax.device_count(),
     )
+
+
+def count_steps(config, rows, global_batch, first_step, meta, speed, in_steps):
+    """(steps, rows) of the whole run; a length that is not given in epochs has no end of rows.
+
+    speed: seconds a step, where the length is a time.
+    """
+    if config.max_steps:
+        amount, unit = durations.split(config.max_steps)
+        n_steps = amount // speed if unit == "seconds" else in_steps(config.max_steps)
+        return max(1, int(n_steps)), math.inf
+    row_limit = round(config.epochs * rows.count)
+    if row_limit < 1:
+        raise UserError(
+            f"{config.epochs} epochs of {rows.count} rows are no step\n  raise --epochs"
+        )
+    # A step that ended the run before it was given more epochs may have been a short one.
+    rows_left = row_limit - (meta["cursor"]["rows"] if meta is not None else 0)
+    return first_step + math.ceil(rows_left / global_batch), row_limit
+
+
+def make_optimizer(config, total_steps: int, in_steps):
+    """(learning rate of each step, optax's optimizer). in_steps: a setting's value as steps."""
+    warmup, decay = (
+        optim.count_part(in_steps(value), total_steps)
+        for value in (config.warmup_steps, config.decay_steps)
+    )
+    schedule = optim.make_schedule(
+        config.lr_schedule, config.learning_rate, config.min_learning_rate, warmup, total_steps,
+        decay,
+    )  # fmt: skip
+    return schedule, optim.make_optimizer(
+        config.optimizer, schedule, config.weight_decay, config.beta1, config.beta2,
+        config.adam_epsilon, config.grad_clip,
+    )  # fmt: skip
+
+
+def make_interval(value, in_steps, at_most: int | None = None) -> durations.Interval:
+    amount, unit = durations.split(value)
+    if unit == "seconds":
+        return durations.Interval(seconds=amount)
+    # Words that come to less than a step, unlike a 0, mean each step.
+    n_steps = max(in_steps(value), 1 if amount else 0)
+    return durations.Interval(min(n_steps, at_most) if at_most is not None else n_steps)
 
 
 def keep_global_batch(saved: int, config: TrainConfig) -> int:
@@ -418,6 +474,74 @@ def make_trace(config, output_dir, total_steps) -> profiling.StepTrace:
     return profiling.StepTrace(output_dir, span)
 
 
+# ---------------------------------------------------------------- measured before the first step
+
+
+def trial(config, module):
+    """(what makes a state, a step on many devices) of a run whose length is not known yet."""
+    _, optimizer = make_optimizer(config, 1, lambda value: 1)
+    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
+    fixed = {"model": module, "optimizer": optimizer, "seed": config.seed}
+    update = functools.partial(step.train_step, **fixed)
+    return make, parallel.compile_train_step(update, config.parallel)
+
+
+def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | None) -> int:
+    """The largest power of two rows a device whose step fits, by the compiler's own plan.
+
+    saved: rows of a step of the run's checkpoints, which the choice then divides.
+    """
+    devices, accumulated = jax.device_count(), config.grad_accum
+    most = (rows_an_epoch or 2**30) // (devices * accumulated)
+    allowed = [2**n for n in range(31) if 2**n <= max(1, most)]
+    if saved is not None:
+        allowed = [n for n in allowed if saved % (devices * n) == 0] or [1]
+    make, update = trial(config, module)
+    state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)))
+    planned = {}
+
+    def bytes_of(n):
+        if n not in planned:
+            micro_batches = saved // (devices * n) if saved else accumulated
+            rows = jax.local_device_count() * micro_batches * n
+            batch = parallel.split_batch(blank_batch(rows, config.block_size), micro_batches)
+            planned[n] = memory.step_bytes(update.lower(state, batch).compile())
+        return planned[n]
+
+    limit = int(memory.USABLE * memory.device_bytes())
+    chosen = memory.largest_batch(bytes_of, limit, allowed)
+    figures = f"{memory.gigabytes(bytes_of(chosen))} of the {memory.gigabytes(limit)} it may"
+    if bytes_of(chosen) > limit:
+        raise UserError(
+            f"batch_size auto: a step of {chosen} row a device takes {figures}\n"
+            "  use --remat block, --dtype bfloat16, a shorter --block_size, or a smaller model"
+        )
+    say(f"batch_size auto: {chosen} rows a device; a step takes {figures}")
+    return chosen
+
+
+def measure_step(config, module, global_batch: int) -> float:
+    """Seconds a step: the median of five on blank rows, after one in which it is compiled."""
+    make, update = trial(config, module)
+    state = parallel.replicate(make, jax.random.key(config.seed))
+    batch = blank_batch(global_batch // jax.process_count(), config.block_size)
+    ready = parallel.put_batch(batch, global_batch // (jax.device_count() * config.batch_size))
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(update(state, ready))
+        seconds.append(time.perf_counter() - began)
+    speed = statistics.median(seconds[1:])
+    n_steps = durations.split(config.max_steps)[0] // speed
+    say(f"a step takes {speed:.3g} s: {config.max_steps} are {n_steps:,.0f} steps")
+    return speed
+
+
+def blank_batch(n_rows: int, block_size: int) -> batches.Batch:
+    ids = np.zeros((n_rows, block_size + 1), np.int32)
+    return batches.make_batch(ids, np.ones(n_rows, bool), slice(None), n_rows)
+
+
 # ---------------------------------------------------------------- restore
 
 
@@ -430,10 +554,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         make = functools.partial(step.state_from_params, optimizer=run.optimizer)
         argument = given_params
     shapes = jax.eval_shape(make, argument)
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated()), shapes
-    )
-    restored = checkpoints.restore_latest(like._asdict())
+    restored = checkpoints.restore_latest(parallel.shapes_on_devices(shapes)._asdict())
     data = {"text": rows.fingerprint, "tokenizer": tokenizer.fingerprint}
     if restored is not None:
         state, meta = restored
@@ -463,6 +584,9 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         "seconds": 0.0,
         "window": [],
         "evaluated": 0,
+        "bad_steps": 0,
+        "bad_in_a_row": 0,
+        "seconds_a_step": run.seconds_a_step,
     }
     return parallel.replicate(make, argument), meta
 
@@ -502,15 +626,21 @@ def loop(
     """Train to the last step. Returns (state, the signal that stopped it early or None)."""
     n = first = int(state.step)
     cursor, evaluated = meta["cursor"], meta["evaluated"]
-    meter = metrics.Meter(meta["tokens"], meta["seconds"], meta["window"], run.flops, run.peak)
+    meter = metrics.Meter(meta, run.flops, run.peak, config.max_bad_steps)
     progress = metrics.Progress(run.total_steps, n)
-    # On the host before the first step: asked for later, a rate would wait for the device.
-    rates = np.broadcast_to(run.schedule(jnp.arange(run.total_steps)), run.total_steps)
+
+    @functools.lru_cache(maxsize=1)
+    def rates(chunk):
+        """Learning rates of some steps at once: each would wait for the device."""
+        steps = chunk * RATES_AT_ONCE + jnp.arange(RATES_AT_ONCE)
+        return np.broadcast_to(run.schedule(steps), RATES_AT_ONCE)
 
     def report(row):
         if row is not None:
             run_log.write(row)
             progress.show(row["step"], row["train_loss"], row["tokens_per_second"])
+            for line in meter.notes():
+                progress.say(line)
 
     def evaluate_now():
         """Evaluate, sample, and draw. Returns the validation loss, None without such a text.
@@ -539,11 +669,17 @@ def loop(
     def save_now(validation_loss):
         report(meter.flush())
         about = meter.snapshot() | {"cursor": cursor, "evaluated": evaluated}
+        if not is_finite(state):
+            raise NumericsError(
+                f"step {n}: parameters or optimizer are not finite numbers; not saved\n"
+                f"  {metrics.STEADIER}"
+            )
         checkpoints.save(n, state._asdict(), meta | about, validation_loss)
 
-    def is_due(every):
-        return n == run.total_steps or (every and n % every == 0)
+    def is_due(interval):
+        return interval.is_due(n) or n == run.total_steps
 
+    is_finite = jax.jit(step.all_finite)
     steps = rows.batches(cursor, run.global_batch, run.row_limit, run.slots)
     steps = itertools.islice(steps, run.total_steps - first)
     ready = parallel.prefetch(
@@ -556,7 +692,7 @@ def loop(
         for opened in (progress, ready, trace):
             cleanup.enter_context(contextlib.closing(opened))
         # A stop request may have cut off the evaluation that belongs to this step.
-        if n and is_due(config.eval_every) and evaluated != n:
+        if n and is_due(run.evaluating) and evaluated != n:
             with contextlib.suppress(InterruptedEvaluationError):
                 evaluate_now()
         if trace.begins_at(n + 1):
@@ -570,18 +706,24 @@ def loop(
             meter.add(n, values)
             progress.advance()
             validation_loss = None
-            if is_due(config.log_every):
+            if is_due(run.logging):
                 epoch = cursor["rows"] / rows.count if rows.count else cursor["epoch"]
-                report(meter.close_window(n, round(epoch, 6), float(rates[n - 1])))
+                report(
+                    meter.close_window(
+                        n,
+                        round(epoch, 6),
+                        float(rates((n - 1) // RATES_AT_ONCE)[(n - 1) % RATES_AT_ONCE]),
+                    )
+                )
             with meter.paused():
                 if trace.ends_at(n):
                     report(meter.flush())
                     trace.stop()
                     progress.say(f"the trace of steps {config.profile} is in {trace.folder}")
-                if is_due(config.eval_every) and not stop.signal:
+                if is_due(run.evaluating) and not stop.signal:
                     with contextlib.suppress(InterruptedEvaluationError):
                         validation_loss = evaluate_now()
-                if is_due(run.save_every) or stop.signal:
+                if is_due(run.saving) or stop.signal:
                     save_now(validation_loss)
                 if trace.begins_at(n + 1) and not stop.signal:
                     report(meter.flush())
@@ -693,10 +835,12 @@ def describe_run(run, config, about_text, state, trace) -> None:
     say(f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}, {config.dtype}")
     say(f"model: {outcome.describe_model(describe_model(run, state))}")
     say(f"text: {about_text}")
+    say(optim.describe_decay(state.params, config.weight_decay))
     per_step = run.global_batch * config.block_size
+    rows_at_once = run.eval_batch // len(devices)
     say(
         f"step: {run.global_batch} rows, {per_step:,} tokens (devices {len(devices)} x rows"
-        f" {config.batch_size} x accumulated {run.micro_batches}); {run.total_steps:,} steps"
+        f" {rows_at_once} x accumulated {run.micro_batches}); {run.total_steps:,} steps"
     )
     if int(state.step):
         say(f"continuing after step {int(state.step):,}")
@@ -704,6 +848,26 @@ def describe_run(run, config, about_text, state, trace) -> None:
             say(f"profile {config.profile}: these steps were made before; nothing is traced")
     elif run.total_steps:
         say("compiling the first step")
+
+
+def describe_memory(run, config) -> str:
+    """The sizes that matter where a step does not fit into a device."""
+    make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
+    state = jax.tree.leaves(jax.eval_shape(make, jax.random.key(0)))
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    return (
+        f"{run.eval_batch // jax.device_count()} rows of {config.block_size} tokens at a time,"
+        f" beside {memory.gigabytes(n_bytes)} of parameters and optimizer, on a"
+        f" {jax.devices()[0].device_kind} that has {memory.gigabytes(memory.device_bytes())}"
+    )
+
+
+def remedy_for_memory(config) -> str:
+    remedies = ["a smaller --batch_size with as much more --grad_accum (the same step)"]
+    remedies += ["--remat block"] if config.remat != "block" else []
+    remedies += ["--dtype bfloat16 in a new run"] if config.dtype == "float32" else []
+    remedies += ["--optimizer adafactor in a new run"] if config.optimizer != "adafactor" else []
+    return "use " + ", or ".join(remedies[:3])
 
 
 def quiet_libraries() -> None:

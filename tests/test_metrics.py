@@ -222,8 +222,11 @@ def plain(tree):
     return jax.tree.map(lambda x: float(x) if isinstance(x, Value) else x, tree)
 
 
-def make_meter(flops=7.0, peak=None, **snapshot):
-    return Meter(**{"tokens": 0, "seconds": 0.0, "window": []} | snapshot, flops=flops, peak=peak)
+FRESH = {"tokens": 0, "seconds": 0.0, "window": [], "bad_steps": 0, "bad_in_a_row": 0}
+
+
+def make_meter(flops=7.0, peak=None, max_bad_steps=10, **snapshot):
+    return Meter(FRESH | snapshot, flops, peak, max_bad_steps)
 
 
 def run_loop(device, meter, steps, every=5, pauses=None, first=0):
@@ -303,6 +306,7 @@ def test_a_row_holds_the_numbers_of_its_own_window(monkeypatch):
         "train_loss": 2.0,  # over tokens: not the mean of the steps' 4 and 1
         "learning_rate": 6e-4,
         "grad_norm": 2.5,  # the last step's
+        "bad_steps": 0,
     }
     assert meter.flush() is None
 
@@ -339,16 +343,44 @@ def test_a_meter_takes_the_arrays_of_a_real_device():
 
 @pytest.mark.parametrize("name", ["loss_sum", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_number_that_is_not_finite_stops_the_run_and_names_its_step(name, value, monkeypatch):
+def test_a_step_that_is_not_finite_is_counted_and_left_out_of_the_mean(name, value, monkeypatch):
     device = Device(monkeypatch, 2.0, 0.1)
     meter = make_meter()
-    meter.add(1, device.step())
+    meter.add(1, device.step(loss_sum=40.0, grad_norm=1.5))
     meter.add(2, device.step(**{name: value}))
-    with pytest.raises(NumericsError, match=rf"^step 2: .* {value}.*\n  in another"):
-        meter.snapshot()
     meter.close_window(2, 0.1, 0.5)
-    with pytest.raises(NumericsError, match=r"^step 2: "):
-        meter.flush()
+    row = json.loads(json.dumps(meter.flush(), allow_nan=False))
+    assert (row["train_loss"], row["grad_norm"], row["bad_steps"]) == (4.0, 1.5, 1)
+    assert row["tokens"] == 20  # its rows are used up
+    assert meter.notes() == ["a step's loss or gradient was not finite: left out (1 so far)"]
+    assert meter.notes() == []
+    for n in (3, 4):
+        meter.add(n, device.step(**{name: value}))
+    meter.close_window(4, 0.1, 0.5)
+    row = meter.flush()
+    assert (row["train_loss"], row["grad_norm"], row["bad_steps"]) == (None, None, 3)
+    assert meter.notes() == ["2 steps' loss or gradient was not finite: left out (3 so far)"]
+
+
+@pytest.mark.parametrize("sessions", [(), (3,), (2, 4)], ids=str)
+def test_too_many_bad_steps_in_a_row_end_the_run_also_across_sessions(sessions, monkeypatch):
+    """Steps 2, 4, 5 and 6 are bad, at most two in a row are allowed."""
+    device = Device(monkeypatch, 2.0, 0.1)
+    meter = make_meter(max_bad_steps=2)
+    for n in range(1, 6):
+        meter.add(n, device.step(loss_sum=math.nan if n in (2, 4, 5) else 30.0))
+        if n == 3:
+            meter.close_window(3, 0.1, 0.5)
+        if n in sessions:
+            meter.flush()
+            meter.tokens_now()  # to look twice is not to count twice
+            snapshot = json.loads(json.dumps(meter.snapshot(), allow_nan=False))
+            meter = make_meter(max_bad_steps=2, **snapshot)
+    meter.flush()
+    assert meter.snapshot()["bad_steps"] == 3
+    meter.add(6, device.step(grad_norm=math.inf))
+    with pytest.raises(NumericsError, match=r"^step 6: for 3 steps in a row .*\n  in another"):
+        meter.snapshot()
 
 
 # ---------------------------------------------------------------- on the terminal
@@ -367,6 +399,7 @@ def test_away_from_a_terminal_progress_is_a_line_a_log_point(clock, capsys):
     clock.now += 50.0
     progress.show(300, 3.14159, 12345.6)
     progress.show(1000, 2.0, None)
+    progress.show(1000, None, None)
     progress.say("step 300: validation loss 3.2")
     progress.close()
     out, err = capsys.readouterr()
@@ -374,6 +407,7 @@ def test_away_from_a_terminal_progress_is_a_line_a_log_point(clock, capsys):
     assert err.splitlines() == [
         "step 300/1000  loss 3.1416  12,346 tok/s  5:54 left",  # 99 steps in 50 s; 700 to go
         "step 1000/1000  loss 2.0000  0:00 left",
+        "step 1000/1000  loss nan  0:00 left",
         "step 300: validation loss 3.2",
     ]
 
