@@ -43,14 +43,12 @@ class GPT2Flax(TemplateLM):
     ):
         """pretrained, tokenizer, step, dtype: as --model and so on of scripts/evaluate.py.
 
-        batch_size: rows on each device. seed: of sampling. device and max_batch_size are the
-        harness's, and refused: JAX_PLATFORMS chooses devices, and batches are of one size.
+        batch_size: rows on each device. seed: of sampling. device: the harness hands in cuda:0
+        without being asked; JAX chooses devices, by JAX_PLATFORMS. max_batch_size: refused.
         """
         super().__init__()
-        refused = {"device": device, "max_batch_size": max_batch_size}
-        for name, value in refused.items():
-            if value is not None:
-                raise UserError(f"{name} {value} has no effect with gpt2_flax\n  leave it out")
+        if max_batch_size is not None:
+            raise UserError("max_batch_size has no effect with gpt2_flax\n  leave it out")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size must be a whole number from 1 on, got {batch_size}")
         config = EvaluateConfig(

@@ -4,6 +4,9 @@ Skipped where lm_eval is not installed: pip install 'lm_eval[hf]'.
 """
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -11,6 +14,7 @@ import torch
 import transformers
 
 from gpt2_flax.data.tokenizers import make_tokenizer
+from tests.conftest import ROOT
 from tests.texts import refused, write
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, an optional extra")
@@ -67,10 +71,8 @@ def exported(tiny_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
+def task_folder(tmp_path_factory):
     """A folder with the tasks and their files, as a user would lay them out."""
-    from lm_eval.tasks import TaskManager
-
     folder = tmp_path_factory.mktemp("tasks")
     for name, rows in (("rows", ROWS), ("texts", TEXTS)):
         write(folder / f"{name}.jsonl", "\n".join(map(json.dumps, rows)))
@@ -81,7 +83,14 @@ def tasks(tmp_path_factory):
             f"dataset_kwargs: {{data_files: {{test: {file}}}}}\n"
         )
         write(folder / f"{name}.yaml", content.lstrip() + data)
-    return TaskManager(include_path=str(folder), include_defaults=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(task_folder):
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(task_folder), include_defaults=False)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +198,7 @@ def test_what_generation_cannot_obey_is_refused(ours, settings, match):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"device": "cuda:0"}, "device cuda:0 has no effect with gpt2_flax"),
+        ({"max_batch_size": 4}, "max_batch_size has no effect with gpt2_flax"),
         ({"batch_size": "auto"}, "batch_size must be a whole number from 1 on, got auto"),
     ],
 )
@@ -203,3 +212,16 @@ def test_what_the_harness_offers_and_we_do_not_have_is_refused(exported, argumen
 def test_a_continuation_longer_than_the_model(ours):
     with refused("a continuation has 49 tokens; the model has 48 positions"):
         ours.loglikelihood([request("a", "b" * 49)])
+
+
+def test_the_command_runs_a_task_of_local_files(exported, task_folder, tmp_path):
+    """As a user runs it: the harness's own flags, and its table of results."""
+    process = subprocess.run(
+        [sys.executable, "-m", "gpt2_flax.lm_eval_adapter", "--model", "gpt2_flax",
+         "--model_args", f"pretrained={exported}", "--batch_size", "2", "--tasks", "choices",
+         "--include_path", str(task_folder)],
+        cwd=ROOT, env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "acc_norm" in process.stdout
