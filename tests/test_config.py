@@ -1,9 +1,11 @@
 """Settings: where they come from, what they accept, and what is said about a wrong one."""
 
 import dataclasses
+import itertools
 import pathlib
 import random
 import re
+import shlex
 import tracemalloc
 import types
 import typing
@@ -188,6 +190,46 @@ def test_a_file_without_settings_changes_nothing(content, write_yaml):
 def test_every_recipe_loads(path):
     config = load_config(["--config", str(path)])
     assert config.output_dir != TrainConfig.output_dir  # recipes don't mix in one directory
+
+
+def test_the_recipes_are_these():
+    assert {path.stem for path in RECIPES} >= {
+        "quickstart", "gpt2_124m_wikitext2", "gpt2_124m_wikitext103", "gpt2_124m_text_file",
+        "gpt2_124m_openwebtext", "gpt2_medium", "gpt2_large", "gpt2_xl", "shakespeare_bytes",
+        "finetune_gpt2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_headed_by_its_command_and_what_to_expect(path):
+    lines = path.read_text("utf-8").splitlines()
+    head = [line for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    (command,) = (line for line in head if f"--config configs/{path.name}" in line)
+    words = shlex.split(command.lstrip("# "))
+    assert words[:2] == ["python", "scripts/train.py"]
+    load_config(["--config", str(path), *words[4:]])
+    assert "not yet measured" in "\n".join(head) or re.search(r"loss \d\.\d\d", "\n".join(head))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("gpt2_124m_openwebtext", 491_520),
+        ("gpt2_medium", 524_288),
+        ("gpt2_large", 524_288),
+        ("gpt2_xl", 524_288),
+    ],
+)
+def test_a_recipe_s_steps_have_half_a_million_tokens(name, tokens):
+    c = load_config(["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    assert 8 * c.batch_size * c.grad_accum * c.block_size == tokens
+    assert c.block_size == 1024
+
+
+def test_the_recipe_of_the_bare_command_has_its_settings():
+    recipe = load_config(["--config", str(ROOT / "configs" / "gpt2_124m_wikitext2.yaml")])
+    bare = {"config": "", "output_dir": TrainConfig.output_dir, "dataset_config": ""}
+    assert dataclasses.replace(recipe, **bare) == TrainConfig()
 
 
 # ---------------------------------------------------------------- lengths
