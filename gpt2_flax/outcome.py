@@ -199,7 +199,8 @@ def resume_command(outcome: Outcome) -> str:
     changed = {
         name: value
         for name, value in (now | longer).items()
-        if name not in COMMAND_ONLY and outcome.saved.get(name, FIELDS[name].default) != value
+        if name not in (*COMMAND_ONLY, "profile")
+        and outcome.saved.get(name, FIELDS[name].default) != value
     }
     path = pathlib.PurePath(config.output_dir) / "config.yaml"
     words = ["python", "scripts/train.py", "--config", str(path)]

@@ -57,8 +57,10 @@ class TensorBoard:
 
         # What a kill left beyond the checkpoint is shown no more: those steps come again.
         purge_step = step + 1 if step else None
+        # A kill loses what was reported in the last second: the writer's own flush does not wait
+        # for its thread (tensorboardX 2.6.5).
         with storage_errors(output_dir):
-            self.writer = SummaryWriter(str(output_dir), purge_step=purge_step, flush_secs=10)
+            self.writer = SummaryWriter(str(output_dir), purge_step=purge_step, flush_secs=1)
 
     def scalars(self, step: int, values: dict) -> None:
         for name, value in values.items():

@@ -114,11 +114,14 @@ def test_the_command_that_trains_on_is_read_as_the_run_twice_as_long(tmp_path):
     )  # fmt: skip
     (folder / "config.yaml").write_text(dump_yaml(began))
     now = dataclasses.replace(began, output_dir=str(folder), max_steps=20, ledger=True)
+    now = dataclasses.replace(now, profile="3:4")  # for one session
     run = dataclasses.replace(make(), config=now, saved=yaml.safe_load(dump_yaml(began)))
     command = dict(outcome.commands(run))["train on"]
     python, script, *argv = shlex.split(command)
     assert (python, script) == ("python", "scripts/train.py")
-    expected = dataclasses.replace(now, max_steps=40, config=str(folder / "config.yaml"))
+    expected = dataclasses.replace(
+        now, max_steps=40, profile="", config=str(folder / "config.yaml")
+    )
     assert load_config(argv) == expected
     for_epochs = make(max_steps=0, epochs=1.5)
     assert outcome.resume_command(for_epochs).endswith("config.yaml --epochs 3.0")

@@ -71,6 +71,19 @@ def test_tensorboard_forgets_what_a_kill_left_beyond_the_checkpoint(tmp_path, mo
     assert read_tensorboard(tmp_path)["train_loss"] == [(1, 1.0), (2, 20.0)]
 
 
+@needs_tensorboard
+def test_what_was_reported_soon_outlives_a_kill(tmp_path):
+    """It is on disk while nothing more is reported, and before the end."""
+    reporter = reporters.make("tensorboard", tmp_path, {}, 0)
+    for step in (1, 2):
+        reporter.scalars(step, {"train_loss": 1.0 * step})
+    last = time.monotonic() + 9  # the writer's own interval is longer
+    while len(read_tensorboard(tmp_path).get("train_loss", [])) < 2 and time.monotonic() < last:
+        time.sleep(0.2)
+    assert read_tensorboard(tmp_path) == {"train_loss": [(1, 1.0), (2, 2.0)]}
+    reporter.close()
+
+
 # ---------------------------------------------------------------- Weights & Biases
 
 
