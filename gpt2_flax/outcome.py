@@ -50,10 +50,12 @@ class Outcome:
 
 
 def describe_model(model: dict) -> str:
+    n = model["parameters"]
+    size = f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n:,}"
     return (
         f"{model['layers']} layers x {model['width']}, {model['heads']} heads,"
         f" {model['positions']} positions, vocabulary {model['vocabulary']}:"
-        f" {model['parameters'] / 1e6:.1f}M parameters"
+        f" {size} parameters"
     )
 
 

@@ -49,6 +49,16 @@ def make(rows=ROWS, peak=2e12, samples=None, saved=None, **settings):
 # ---------------------------------------------------------------- figures
 
 
+@pytest.mark.parametrize(
+    ("parameters", "size"), [(124_439_808, "124.4M"), (1e6, "1.0M"), (999_999, "999,999")]
+)
+def test_a_model_is_described_in_a_line(parameters, size):
+    model = make().model | {"parameters": parameters}
+    assert outcome.describe_model(model) == (
+        f"2 layers x 12, 3 heads, 7 positions, vocabulary 31: {size} parameters"
+    )
+
+
 def test_results_are_those_of_the_rows():
     assert dict(outcome.results(make())) == {
         "steps": "20 of 8 rows each",
