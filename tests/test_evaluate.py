@@ -569,9 +569,7 @@ def test_wikitext_2_loses_nothing_but_spaces_and_its_marks(tokenizer):
     for sign in "-,.":
         bare = bare.replace(f" @{sign}@ ", sign)
     assert "".join(joined.split()) == "".join(bare.split())
-    for left_over in (" , ", " . ", " @", "@ ", "( ", " )"):
+    for left_over in (" , ", " . ", " @", "@ ", "( ", " )", ' " '):
         assert left_over not in joined
     # A line's own `' s` is taken for the beginning of a quotation.
     assert joined.count(" 's ") <= bare.count(" ' s ")
-    quotes = joined.count(' "'), joined.count('" ')
-    assert min(quotes) > 2000
