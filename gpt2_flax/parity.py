@@ -57,7 +57,7 @@ def run(settings: dict) -> dict:
         oracle = open_oracle(folder)
     say(f"{settings['steps']} steps of {n_rows} x {settings['block_size']} tokens by JAX")
     ours = train_ours(model, batches, settings)
-    say("and by PyTorch")
+    say(f"loss {ours[-1]:.4f}; the same steps by PyTorch")
     theirs = train_theirs(torch, oracle, batches, settings)
 
     gaps = np.abs(np.array(ours) - theirs)
@@ -193,6 +193,8 @@ def train_theirs(torch, oracle, batches: list, settings: dict) -> list[float]:
         torch.nn.utils.clip_grad_norm_(oracle.parameters(), GRAD_CLIP)
         optimizer.step()
         losses.append(float(loss.detach()))
+        if (n + 1) % 50 == 0:
+            say(f"PyTorch: step {n + 1}, loss {losses[-1]:.4f}")
     return losses
 
 
@@ -219,7 +221,7 @@ def plot(ours: list[float], theirs: list[float], path: pathlib.Path) -> None:
     distance.set_ylim(5e-9, 1e-2 if gaps.max() < 5e-3 else None)
     distance.set_ylabel("gap, nats")
     distance.set_xlabel(f"step (largest gap {gaps.max():.2g})")
-    distance.legend(loc="lower right")
+    distance.legend(loc="center right")
     for axes in (curves, distance):
         axes.grid(alpha=0.3)
     temporary = path.with_suffix(".tmp")

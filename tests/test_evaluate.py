@@ -569,8 +569,7 @@ def test_wikitext_2_loses_nothing_but_spaces_and_its_marks(tokenizer):
     for sign in "-,.":
         bare = bare.replace(f" @{sign}@ ", sign)
     assert "".join(joined.split()) == "".join(bare.split())
-    for left_over in (" , ", " . ", " @", "@ ", "( ", " )"):
+    for left_over in (" , ", " . ", " @", "@ ", "( ", " )", ' " '):
         assert left_over not in joined
-    assert joined.count(" 's ") <= 1  # of a line with one quotation mark too few
-    quotes = joined.count(' "'), joined.count('" ')
-    assert min(quotes) > 2000
+    # A line's own `' s` is taken for the beginning of a quotation.
+    assert joined.count(" 's ") <= bare.count(" ' s ")
