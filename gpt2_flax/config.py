@@ -112,7 +112,7 @@ class TrainConfig:
     batch_size: int | Literal["auto"] = setting(
         8,
         "rows on each device at a time; auto: the largest power of two whose step fits into a"
-        " device's memory",
+        " device's memory, up to 262,144 tokens (8,192 on a CPU), no faster beyond that",
     )
     grad_accum: int = setting(1, "batches whose gradients are added up for one step")
     optimizer: Literal["adamw", "adafactor", "muon", "lion", "sgd"] = setting(

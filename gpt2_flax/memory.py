@@ -10,6 +10,8 @@ import jax
 from gpt2_flax.errors import UserError
 
 USABLE = 0.9  # of a device's memory; the rest is for what the compiler does not plan
+# Tokens at a time beyond which a device only takes longer: its units have enough to do.
+MOST_TOKENS = {"cpu": 2**13}
 
 
 def device_bytes() -> int:

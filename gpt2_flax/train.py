@@ -492,7 +492,9 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
     saved: rows of a step of the run's checkpoints, which the choice then divides.
     """
     devices, accumulated = jax.device_count(), config.grad_accum
-    most = (rows_an_epoch or 2**30) // (devices * accumulated)
+    most = memory.MOST_TOKENS.get(jax.default_backend(), 2**18) // config.block_size
+    if rows_an_epoch is not None:
+        most = min(most, rows_an_epoch // (devices * accumulated))
     allowed = [2**n for n in range(31) if 2**n <= max(1, most)]
     if saved is not None:
         allowed = [n for n in allowed if saved % (devices * n) == 0] or [1]
