@@ -637,6 +637,10 @@ def loop(
         steps = chunk * RATES_AT_ONCE + jnp.arange(RATES_AT_ONCE)
         return np.broadcast_to(run.schedule(steps), RATES_AT_ONCE)
 
+    def rate(update):
+        chunk, place = divmod(update, RATES_AT_ONCE)
+        return float(rates(chunk)[place])
+
     def report(row):
         if row is not None:
             run_log.write(row)
@@ -710,13 +714,7 @@ def loop(
             validation_loss = None
             if is_due(run.logging):
                 epoch = cursor["rows"] / rows.count if rows.count else cursor["epoch"]
-                report(
-                    meter.close_window(
-                        n,
-                        round(epoch, 6),
-                        float(rates((n - 1) // RATES_AT_ONCE)[(n - 1) % RATES_AT_ONCE]),
-                    )
-                )
+                report(meter.close_window(n, round(epoch, 6), rate(n - 1)))
             with meter.paused():
                 if trace.ends_at(n):
                     report(meter.flush())
