@@ -252,6 +252,9 @@ def load_config(argv: list[str]) -> TrainConfig:
     doubtful = {name for word in unread for name in closest(str(word).lstrip("-"), FIELDS)}
     if yaml_faults and not raw:
         doubtful = set(FIELDS)
+    # A length that is given as a flag replaces the file's, whichever of the two ways it has.
+    if {"epochs", "max_steps"} & flags.keys():
+        values = {n: value for n, value in values.items() if n not in ("epochs", "max_steps")}
     config = dataclasses.replace(TrainConfig(), **values | flags)
     faults += find_faults(config, set(values | flags), doubtful)
     if faults:

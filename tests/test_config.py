@@ -270,6 +270,20 @@ def test_a_run_of_epochs_is_the_same_in_words():
 
 
 @pytest.mark.parametrize(
+    ("content", "flags", "epochs", "max_steps"),
+    [
+        ("epochs: 3", ["--max_steps", "30"], 1.0, 30),
+        ("max_steps: 30", ["--epochs", "3"], 3.0, 0),
+        ("max_steps: 2 epochs", ["--max_steps", "1B tokens"], 1.0, "1000000000 tokens"),
+        ("max_steps: 30", ["--seed", "3"], 1.0, 30),
+    ],
+)
+def test_a_length_as_a_flag_replaces_the_files(write_yaml, content, flags, epochs, max_steps):
+    config = load_config(["--config", write_yaml(content), *flags])
+    assert (config.epochs, config.max_steps) == (epochs, max_steps)
+
+
+@pytest.mark.parametrize(
     ("argv", "match"),
     [
         (
