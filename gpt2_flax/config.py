@@ -7,18 +7,21 @@ name; flags win over the file given by `--config`.
 import argparse
 import dataclasses
 import difflib
+import re
 import typing
 from dataclasses import dataclass
 from typing import Literal
 
 import yaml
 
+from gpt2_flax import durations
 from gpt2_flax.errors import UserError
 
 # WikiText left its short name; the hub knows it by this one.
 DATASET_ALIASES = {"wikitext": "Salesforce/wikitext"}
 EMBEDDED_DATASET = "python_stdlib"
 MAX_YAML_BYTES = 64 * 1024
+MAX_PROFILED = 100  # steps: a trace holds every operation of each, in memory at first
 
 
 def setting(default, help, **metadata):
@@ -100,29 +103,60 @@ class TrainConfig:
 
     # Optimization
     epochs: float = setting(1.0, "passes over the training text")
-    max_steps: int = setting(0, "stop after this many steps, whatever epochs says; 0: no limit")
-    batch_size: int = setting(8, "rows on each device at a time")
+    max_steps: int | str = setting(
+        0,
+        "length of the run instead of epochs: steps, '3 epochs', '1B tokens' or '2 hours' of"
+        " steps (their speed is measured before the first); 0: as long as epochs says",
+        units=("steps", "epochs", "tokens", "time"),
+    )
+    batch_size: int | Literal["auto"] = setting(
+        8,
+        "rows on each device at a time; auto: the largest power of two whose step fits into a"
+        " device's memory, up to 262,144 tokens (8,192 on a CPU), no faster beyond that",
+    )
     grad_accum: int = setting(1, "batches whose gradients are added up for one step")
-    optimizer: Literal["adamw", "muon", "lion", "sgd"] = setting(
-        "adamw", "update rule, from optax; muon leaves embeddings, scales and biases to Adam"
+    optimizer: Literal["adamw", "adafactor", "muon", "lion", "sgd"] = setting(
+        "adamw",
+        "update rule, from optax; muon leaves embeddings, scales and biases to Adam,"
+        " adafactor keeps no momentum",
     )
     learning_rate: float = setting(6e-4, "peak learning rate")
     min_learning_rate: float = setting(
         0.0, "learning rate that the fall would reach one step after the last"
     )
-    lr_schedule: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "how the learning rate falls after the warmup"
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine",
+        "how the learning rate falls after the warmup; wsd: not until the last decay_steps,"
+        " then linearly",
     )
-    warmup_steps: float = setting(
-        0.05, "steps of rising learning rate; below 1: that share of all steps"
+    warmup_steps: float | str = setting(
+        0.05,
+        "steps of rising learning rate, or '0.1 epochs', '10M tokens'; below 1: that share of"
+        " all steps",
+        units=("steps", "epochs", "tokens"),
+    )
+    decay_steps: float | str = setting(
+        0.2,
+        "length of the fall that ends lr_schedule wsd, counted as warmup_steps is",
+        units=("steps", "epochs", "tokens"),
     )
     weight_decay: float = setting(0.1, "decoupled decay, on matrices only")
     beta1: float = setting(0.9, "decay of the optimizer's mean of gradients (sgd: momentum)")
     beta2: float = setting(0.95, "decay of the optimizer's mean of squared gradients")
     adam_epsilon: float = setting(1e-8, "added to Adam's denominator")
     grad_clip: float = setting(1.0, "largest global norm of the gradient; 0: no clipping")
+    max_bad_steps: int = setting(
+        10,
+        "steps in a row whose loss or gradient may not be finite; each is left out, and after"
+        " more of them the run ends",
+    )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "type of activations; parameters and optimizer stay float32"
+    )
+    remat: Literal["none", "block", "attention"] = setting(
+        "none",
+        "what the backward pass computes again instead of keeping it in memory: whole blocks,"
+        " or attention's scores alone",
     )
     seed: int = setting(42, "fixes initialisation, order of rows and dropout")
     parallel: Literal["pmap", "jit"] = setting(
@@ -135,13 +169,24 @@ class TrainConfig:
     resume: Literal["auto", "never", "require"] = setting(
         "auto", "continue the run in output_dir: if there is one, never, or else stop"
     )
-    log_every: int = setting(10, "steps between rows of metrics.jsonl")
-    eval_every: int = setting(500, "steps between evaluations; 0: only at the end")
-    eval_rows: int = setting(
-        0, "rows of an evaluation; 0: all, but no more than were trained on since the last one"
+    log_every: int | str = setting(
+        10,
+        "steps between rows of metrics.jsonl, or '0.01 epochs', '1M tokens'",
+        units=("steps", "epochs", "tokens"),
     )
-    save_every: int = setting(
-        250, "steps between checkpoints, at most a quarter of the run; 0: only at the end"
+    eval_every: int | str = setting(
+        500,
+        "steps between evaluations, or '1 epoch', '100M tokens', '30 minutes'; 0: only at the end",
+        units=("steps", "epochs", "tokens", "time"),
+    )
+    eval_rows: int = setting(
+        0, "rows of an evaluation; 0: all, or in a run of fewer rows as many as it trains on"
+    )
+    save_every: int | str = setting(
+        250,
+        "steps between checkpoints, or '1 epoch', '100M tokens', at most a quarter of the run;"
+        " or '30 minutes'; 0: only at the end",
+        units=("steps", "epochs", "tokens", "time"),
     )
     keep: int = setting(2, "newest checkpoints to keep, beside the best by validation loss")
     report_to: Literal["none", "tensorboard", "wandb"] = setting(
@@ -150,8 +195,22 @@ class TrainConfig:
     ledger: bool = setting(
         False, "write the epoch and row number of all rows of each step to ledger.jsonl"
     )
-    sample_prompt: str = setting("", "text that the sample at the end continues")
-    sample_tokens: int = setting(100, "length of the sample at the end; 0: none")
+    sample_prompt: str = setting(
+        "",
+        "text that a sample continues at each evaluation, into samples.txt; empty: a new text,"
+        " from the end-of-text token",
+    )
+    sample_tokens: int = setting(
+        100, "tokens of a sample, as far as n_positions leaves room after the prompt; 0: none"
+    )
+    profile: str = setting(
+        "",
+        f"trace these steps, first:last such as 10:15, into output_dir/profile; at most"
+        f" {MAX_PROFILED} steps",
+    )
+    print_config: bool = setting(
+        False, "print the resolved settings as YAML, which --config reads, and train nothing"
+    )
     debug: bool = setting(False, "show the traceback of an error")
 
 
@@ -164,14 +223,15 @@ GROUPS = {
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
 # Never written to config.yaml: they say how the command is run, not what the run is.
-COMMAND_ONLY = ("config", "resume", "debug", "show_data")
+COMMAND_ONLY = ("config", "resume", "debug", "show_data", "print_config")
 # May differ between the sessions of one run: none of them changes what is learned,
 # except the two lengths, which move the end of the learning-rate schedule.
 FREE_ON_RESUME = {
     *COMMAND_ONLY,
     "output_dir", "cache_dir", "parallel", "log_every", "eval_every", "eval_rows",
     "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
-    "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger",
+    "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger", "profile", "remat",
+    "max_bad_steps",
 }  # fmt: skip
 
 
@@ -192,11 +252,23 @@ def load_config(argv: list[str]) -> TrainConfig:
     doubtful = {name for word in unread for name in closest(str(word).lstrip("-"), FIELDS)}
     if yaml_faults and not raw:
         doubtful = set(FIELDS)
+    # A length that is given as a flag replaces the file's, whichever of the two ways it has.
+    if {"epochs", "max_steps"} & flags.keys():
+        values = {n: value for n, value in values.items() if n not in ("epochs", "max_steps")}
     config = dataclasses.replace(TrainConfig(), **values | flags)
     faults += find_faults(config, set(values | flags), doubtful)
     if faults:
         raise UserError("\nerror: ".join(faults))
+    amount, unit = durations.split(config.max_steps)
+    if unit == "epochs":
+        return dataclasses.replace(config, epochs=amount, max_steps=0)
     return config
+
+
+def counts_epochs(c: TrainConfig) -> bool:
+    """Whether the run can only be planned once the rows of an epoch are counted."""
+    lengths = (getattr(c, name) for name, field in FIELDS.items() if "units" in field.metadata)
+    return not c.max_steps or any(durations.split(value)[1] == "epochs" for value in lengths)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -256,7 +328,8 @@ def build_parser() -> argparse.ArgumentParser:
         elif typing.get_origin(kind) is tuple:
             options |= {"action": "extend", "nargs": "+", "metavar": "FILE"}
         else:
-            options |= {"metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+            metavars = {int: "N", float: "X", str: "TEXT", int | Literal["auto"]: "N|auto"}
+            options |= {"metavar": metavars.get(kind, "LENGTH")}
         group.add_argument(f"--{name}", **options)
     return parser
 
@@ -312,7 +385,7 @@ def read_yaml(path: str) -> tuple[dict, list[str]]:
         return {}, [f"{path}: expected lines of `name: value`, got {type(loaded).__name__}"]
     faults = [
         f"{path}: {name} has no effect in a file\n  give it as a flag: --{name}"
-        for name in ("config", "debug", "show_data")
+        for name in ("config", "debug", "show_data", "print_config")
         if name in loaded
     ]
     return loaded, faults
@@ -325,7 +398,13 @@ def convert(raw: dict, spell) -> tuple[dict, list[str]]:
         if name not in FIELDS:
             faults.append(f"{spell(plain(name))}: unknown setting{nearest(str(name), FIELDS)}")
             continue
-        kind = TYPES[name]
+        kind, units = TYPES[name], FIELDS[name].metadata.get("units")
+        if units:
+            try:
+                values[name] = durations.parse(value, units, int in typing.get_args(kind))
+            except ValueError as error:
+                faults.append(f"{spell(name)}: {error}, got {shown(value)}")
+            continue
         try:
             values[name] = convert_value(value, kind)
         except ValueError:
@@ -338,6 +417,8 @@ def convert_value(value, kind):
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(convert_value(item, str) for item in items)
+    if kind == int | Literal["auto"]:
+        return value if value == "auto" else convert_value(value, int)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise ValueError
@@ -374,6 +455,7 @@ def describe(kind) -> str:
         float: "a number",
         bool: "true or false",
         str: "text (in quotes, should it look like a number or a date)",
+        int | Literal["auto"]: "a whole number or auto",
     }
     return names.get(kind, "text or a list of texts")
 
@@ -412,7 +494,9 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
             faults.append(message)
 
     def require_each(names, holds, limits):
-        wrong = [name for name in names if not holds(getattr(c, name))]
+        # Words have been looked through when they were read.
+        values = {name: getattr(c, name) for name in names}
+        wrong = [n for n, value in values.items() if not (is_words(value) or holds(value))]
         for name in wrong:
             require([name], False, f"{name} must be {limits}, got {getattr(c, name)}")
         doubtful.update(wrong)
@@ -422,7 +506,8 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
                   "pad_vocab_to_multiple_of")  # fmt: skip
     at_least_0 = ("max_steps", "eval_every", "eval_rows", "save_every", "sample_tokens",
                   "weight_decay", "grad_clip", "warmup_steps", "min_learning_rate",
-                  "vocab_size", "tokenize_processes", "show_data")  # fmt: skip
+                  "vocab_size", "tokenize_processes", "show_data", "decay_steps",
+                  "max_bad_steps")  # fmt: skip
     above_0 = ("learning_rate", "epochs", "adam_epsilon")
     shares = ("dropout", "beta1", "beta2", "validation_share")
     require_each(at_least_1, lambda value: value >= 1, "at least 1")
@@ -432,6 +517,19 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
     require_each(("pad_vocab_to_multiple_of",), lambda value: value <= 2**16, "at most 65536")
     require_each(("seed",), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 
+    for name in ("max_steps", "log_every"):
+        require(
+            {name},
+            not (is_words(getattr(c, name)) and durations.split(getattr(c, name))[0] == 0),
+            f"{name} must be above 0, got {getattr(c, name)}",
+        )
+    parts = [value for value in (c.warmup_steps, c.decay_steps) if not is_words(value)]
+    require(
+        {"warmup_steps", "decay_steps", "lr_schedule"},
+        c.lr_schedule != "wsd" or len(parts) < 2 or max(parts) >= 1 or sum(parts) <= 1,
+        f"warmup_steps {c.warmup_steps} and decay_steps {c.decay_steps} are over the whole run\n"
+        "  lower one of the two shares",
+    )
     # The sizes of a model to start from are not known here.
     if not c.init_from and doubtful.isdisjoint({"n_embd", "n_heads"}) and c.n_embd % c.n_heads:
         below = c.n_embd - c.n_embd % c.n_heads
@@ -466,7 +564,36 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
             f"tokenizer {plain(c.tokenizer)}: bpe:N needs N of at least 257"
             " (256 bytes and end-of-text)\n  for example --tokenizer bpe:8192",
         )
+    if c.profile:
+        span = profiled_steps(c.profile)
+        require(
+            {"profile"},
+            span is not None,
+            f"profile {plain(c.profile)}: expected first:last, the steps to trace\n"
+            f"  for example --profile 10:15; step 1 is the first, and {MAX_PROFILED} are the most",
+        )
+        require(
+            {"profile", "max_steps"},
+            span is None
+            or not isinstance(c.max_steps, int)
+            or span[1] <= (c.max_steps or span[1]),
+            f"profile {plain(c.profile)} goes beyond max_steps {c.max_steps}\n"
+            "  trace earlier steps",
+        )
     return faults + find_conflicts(c, given, doubtful)
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+    """(first, last) step that `--profile` names, both to be traced; None where it names none."""
+    match = re.fullmatch(r"([0-9]{1,12}):([0-9]{1,12})", text)
+    if match is None:
+        return None
+    first, last = map(int, match.groups())
+    return (first, last) if 1 <= first <= last < first + MAX_PROFILED else None
+
+
+def is_words(value) -> bool:
+    return isinstance(value, str)
 
 
 def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str]:
@@ -502,8 +629,12 @@ def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[
             "init_from",
         ),
         ({"min_learning_rate"}, c.lr_schedule == "constant", "lr_schedule constant"),
+        ({"decay_steps"}, c.lr_schedule != "wsd", f"lr_schedule {c.lr_schedule}"),
+        ({"epochs"}, bool(c.max_steps), "max_steps"),
         ({"adam_epsilon"}, c.optimizer not in ("adamw", "muon"), f"optimizer {c.optimizer}"),
-        ({"beta2"}, c.optimizer == "sgd", "optimizer sgd"),
+        ({"beta1"}, c.optimizer == "adafactor", "optimizer adafactor"),
+        ({"beta2"}, c.optimizer in ("adafactor", "sgd"), f"optimizer {c.optimizer}"),
+        ({"sample_prompt"}, c.sample_tokens == 0, "sample_tokens 0"),
     ]
     return [
         f"{name} has no effect with {other}\n  leave one of the two out"

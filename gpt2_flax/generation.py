@@ -128,11 +128,23 @@ def generate(
 
 
 def continue_text(
-    model, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p, seed
+    model,
+    tokenizer,
+    prompt,
+    max_new_tokens,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    *,
+    params=None,
+    step: int | None = None,
 ) -> str:
     """A prompt and what the model makes of it, up to an end of text. An empty prompt: a new text.
 
-    temperature 0 takes the likeliest id each time. Raises UserError for values out of range.
+    temperature 0 takes the likeliest id each time. params: instead of the model's. step: of
+    training, so that the noise of the same seed is another at each.
+    Raises UserError for values out of range.
     """
     ids = tokenizer.encode(prompt) if prompt else [tokenizer.eos_id]
     if max_new_tokens < 1 or top_k < 0 or temperature < 0:
@@ -143,9 +155,12 @@ def continue_text(
     )
     if temperature > 0:
         options.update(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+    key = jax.random.key(seed)
+    if step is not None:
+        key = jax.random.fold_in(key, step)
     try:
         prompt_1xP = np.asarray(ids, np.int32)[None, :]
-        out = generate(model, prompt_1xP, options, prng_key=jax.random.key(seed))
+        out = generate(model, prompt_1xP, options, prng_key=key, params=params)
     except ValueError as error:
         raise UserError(str(error)) from error
     new = np.asarray(out.sequences)[0, len(ids) :]

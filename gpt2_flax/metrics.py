@@ -1,24 +1,26 @@
-"""What a run shows of itself: the progress bar, metrics.jsonl, loss.png, TensorBoard, W&B."""
+"""What a run shows of itself while it trains: metrics.jsonl and the progress bar."""
 
 import concurrent.futures
 import contextlib
-import importlib.util
 import json
 import math
-import os
 import pathlib
+import resource
 import sys
 import time
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from gpt2_flax.errors import NumericsError, StorageError, UserError
+from gpt2_flax.errors import NumericsError
+from gpt2_flax.run_files import replace_file, storage_errors
 
 LOG_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.jsonl"
-PLOT_FILE = "loss.png"
+STEADIER = (
+    "in another --output_dir, lower --learning_rate or --grad_clip, lengthen --warmup_steps, or"
+    " use --dtype float32"
+)
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets (TPU: per jax device).
 # The first name that is part of the device's kind counts.
 PEAK_FLOPS = {
@@ -43,6 +45,21 @@ def flops_per_token(n_layers: int, n_embd: int, vocab_size: int, block_size: int
     """
     n_params = 12 * n_layers * n_embd**2 + vocab_size * n_embd
     return 6 * n_params + 12 * n_layers * n_embd * block_size
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory used so far, in bytes, under a name that says whose.
+
+    Of the fullest device where the backend counts it; else, as on CPU, the peak resident size of
+    the process.
+    """
+    counted = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in counted if "peak_bytes_in_use" in stats]
+    if peaks:
+        return {"device_peak_memory_bytes": max(peaks)}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"process_peak_memory_bytes": peak}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -70,10 +87,7 @@ class StepLog:
         return rows[-1]
 
     def replace(self, rows: list[dict]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with storage_errors(self.path):
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-            os.replace(temporary, self.path)
+        replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def write(self, row: dict) -> None:
         with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
@@ -81,26 +95,25 @@ class StepLog:
 
 
 class RunLog(StepLog):
-    """metrics.jsonl and the reporters."""
+    """metrics.jsonl, and the reporter of its numbers."""
 
-    def __init__(self, output_dir, report_to: str, run_settings: dict):
+    def __init__(self, output_dir, reporter):
         super().__init__(pathlib.Path(output_dir) / LOG_FILE)
-        self.report, self.close = make_reporter(report_to, output_dir, run_settings)
+        self.reporter = reporter
 
     def write(self, row: dict) -> None:
         super().write(row)
-        self.report(row)
+        self.report(row, {})
 
+    def merge(self, row: dict) -> None:
+        """Write a row, into that of its step if that is the last one."""
+        before = self.take(row["step"]) or {}
+        super().write(before | row)
+        self.report(row, before)
 
-@contextlib.contextmanager
-def storage_errors(path):
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}\n"
-            "  make room, or make it writable, and run the same command again"
-        ) from error
+    def report(self, row: dict, before: dict) -> None:
+        new = {name: value for name, value in row.items() if name not in before | {"step": 0}}
+        self.reporter.scalars(row["step"], new)
 
 
 def read_log(path) -> list[dict]:
@@ -117,48 +130,6 @@ def read_log(path) -> list[dict]:
     return rows
 
 
-REPORTERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-
-
-def check_reporter(name: str) -> None:
-    """Raise UserError where the package behind `--report_to` is missing."""
-    package = REPORTERS.get(name)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--report_to {name} needs a package that is not installed: {package}\n"
-            f"  pip install {package}{' tensorboard' if name == 'tensorboard' else ''}"
-        )
-
-
-def make_reporter(name: str, output_dir, run_settings: dict):
-    """(what takes each row of the log, what ends it) for `--report_to`."""
-    if name == "tensorboard":
-        from tensorboardX import SummaryWriter
-
-        writer = SummaryWriter(str(output_dir))
-
-        def report(row):
-            for key, value in row.items():
-                if key != "step" and value is not None:
-                    writer.add_scalar(key, value, row["step"])
-            writer.flush()
-
-        return report, writer.close
-
-    if name == "wandb":
-        import wandb
-
-        run = wandb.init(dir=str(output_dir), config=run_settings, resume="allow")
-
-        def report(row):
-            values = {key: value for key, value in row.items() if key != "step"}
-            run.log(values, step=row["step"])
-
-        return report, run.finish
-
-    return lambda row: None, lambda: None
-
-
 class Meter:
     """Turns what steps measure on the device into rows of the log.
 
@@ -166,13 +137,17 @@ class Meter:
     device never waits for the host.
     """
 
-    def __init__(self, tokens: int, seconds: float, window: list, flops: float, peak):
-        """tokens, seconds, window: what `snapshot` gave before; else 0, 0 and [].
+    def __init__(self, before: dict, flops: float, peak: float | None, max_bad_steps: int):
+        """before: what `snapshot` gave; else its numbers as 0 and its window as [].
 
         flops: of one token. peak: FLOP/s of all devices together, None where unknown.
+        max_bad_steps: steps in a row whose loss or gradient may not be finite.
         """
-        self.tokens, self.seconds_before = tokens, seconds
-        self.window = [tuple(entry) for entry in window]
+        self.tokens, self.seconds_before = before["tokens"], before["seconds"]
+        self.window = [tuple(entry) for entry in before["window"]]
+        self.bad_steps, self.bad_in_a_row = before["bad_steps"], before["bad_in_a_row"]
+        self.max_bad_steps, self.noted = max_bad_steps, self.bad_steps
+        self.counted = self.window[-1][0] if self.window else -1  # step up to which they are
         self.flops, self.peak = flops, peak
         self.waiting = None
         self.began = time.perf_counter()
@@ -213,7 +188,8 @@ class Meter:
         row = self.take_row()
         if self.window:
             jax.block_until_ready(self.window[-1])
-        self.drained = time.perf_counter()
+        if self.drained is None:  # what a pause does begins at its first flush
+            self.drained = time.perf_counter()
         return row
 
     def take_row(self) -> dict | None:
@@ -221,36 +197,72 @@ class Meter:
             return None
         window, (step, epoch, learning_rate, seconds), ended, timed_from = self.waiting
         self.waiting = None
-        window = fetch(window)
+        window = self.fetch(window)
         passed, self.since = ended.result() - self.since, ended.result()
-        sums = np.asarray(window, np.float64)
-        self.tokens += int(sums[:, 2].sum())
-        timed_tokens = sums[timed_from:, 2].sum()
+        self.tokens += count_tokens(window)
+        timed_tokens = count_tokens(window[timed_from:])
         speed = timed_tokens / passed if timed_tokens else None
+        good = [entry for entry in window if entry[1] is not None]
+        loss = sum(entry[1] for entry in good) / count_tokens(good) if good else None
         return {
             "step": step,
             "epoch": epoch,
             "tokens": self.tokens,
-            "train_loss": float(sums[:, 1].sum() / sums[:, 2].sum()),
+            "train_loss": loss,
             "learning_rate": learning_rate,
-            "grad_norm": window[-1][3],
+            "grad_norm": good[-1][3] if good else None,
+            "bad_steps": self.bad_steps,
             "tokens_per_second": speed,
             "mfu": speed * self.flops / self.peak if speed and self.peak else None,
             "seconds": seconds,
+            **peak_memory(),
         }
 
     def snapshot(self) -> dict:
         """What a checkpoint needs of it. Call `flush` first."""
         assert self.waiting is None
-        self.window = fetch(self.window)
-        seconds = time.perf_counter() - self.began + self.seconds_before
-        # A copy: it is written by a thread while this window goes on growing.
-        return {"tokens": self.tokens, "seconds": seconds, "window": list(self.window)}
+        self.window = self.fetch(self.window)
+        return {
+            "tokens": self.tokens,
+            "seconds": time.perf_counter() - self.began + self.seconds_before,
+            # A copy: it is written by a thread while this window goes on growing.
+            "window": list(self.window),
+            "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
 
     def tokens_now(self) -> int:
         """Tokens trained on, those of the open window included. Call `flush` first."""
-        self.window = fetch(self.window)
-        return self.tokens + int(sum(entry[2] for entry in self.window))
+        self.window = self.fetch(self.window)
+        return self.tokens + count_tokens(self.window)
+
+    def fetch(self, window: list[tuple]) -> list[tuple]:
+        """A window's numbers on the host, None for loss and norm of a step that was left out.
+
+        Counts such steps. Raises NumericsError after more of them in a row than are allowed.
+        """
+        window = [as_numbers(*entry) for entry in jax.device_get(window)]
+        for n, loss_sum, *_ in window:
+            if n <= self.counted:
+                continue
+            self.counted = n
+            self.bad_in_a_row = self.bad_in_a_row + 1 if loss_sum is None else 0
+            self.bad_steps += loss_sum is None
+            if self.bad_in_a_row > self.max_bad_steps:
+                raise NumericsError(
+                    f"step {n}: for {self.bad_in_a_row} steps in a row the loss or the gradient"
+                    " was not a finite number; they changed nothing, and the newest checkpoint"
+                    f" is from before them or leaves them out\n  {STEADIER}"
+                )
+        return window
+
+    def notes(self) -> list[str]:
+        """What is to be said of steps that were left out since the last call."""
+        found, self.noted = self.bad_steps - self.noted, self.bad_steps
+        if not found:
+            return []
+        steps = "a step's" if found == 1 else f"{found} steps'"
+        return [f"{steps} loss or gradient was not finite: left out ({self.bad_steps} so far)"]
 
 
 def time_of_arrival(values) -> float:
@@ -258,18 +270,15 @@ def time_of_arrival(values) -> float:
     return time.perf_counter()
 
 
-def fetch(window: list[tuple]) -> list[tuple]:
-    """A window's numbers on the host. Raises NumericsError where one is not finite."""
-    window = [(step, *map(float, values)) for step, *values in jax.device_get(window)]
-    for step, loss_sum, tokens, grad_norm in window:
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            raise NumericsError(
-                f"step {step}: the loss is {loss_sum / tokens} and the gradient's norm"
-                f" {grad_norm}; nothing of it was saved\n"
-                "  in another --output_dir, lower --learning_rate or --grad_clip, lengthen"
-                " --warmup_steps, or use --dtype float32"
-            )
-    return window
+def as_numbers(step: int, loss_sum, tokens, grad_norm) -> tuple:
+    """An entry of a window as JSON can hold it: no loss and no norm where one isn't finite."""
+    if loss_sum is None or not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+        return step, None, float(tokens), None
+    return step, float(loss_sum), float(tokens), float(grad_norm)
+
+
+def count_tokens(window: list[tuple]) -> int:
+    return int(sum(entry[2] for entry in window))
 
 
 class Progress:
@@ -285,23 +294,35 @@ class Progress:
             initial=first_step,
             disable=not self.is_terminal,
             bar_format="{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt}"
-            " [{elapsed}<{remaining}]{postfix}",
+            " [{elapsed}]{postfix}",
         )
+        self.latest = ""  # what the last log point said
 
     def advance(self) -> None:
         if not self.compiled:  # the first step's time says nothing of the others'
             self.compiled, self.began, self.first = True, time.perf_counter(), self.first + 1
+        if self.is_terminal:
+            words = filter(None, (self.latest, self.time_left(self.bar.n + 1)))
+            self.bar.set_postfix_str("  ".join(words), refresh=False)
         self.bar.update()
 
-    def show(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+    def show(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
         speed = "" if tokens_per_second is None else f"  {tokens_per_second:,.0f} tok/s"
+        left = self.time_left(step)
+        words = f"loss {math.nan if loss is None else loss:.4f}{speed}"
         if self.is_terminal:
-            self.bar.set_postfix_str(f"loss {loss:.3f}{speed}")
-            return
+            self.latest = words
+            self.bar.set_postfix_str("  ".join(filter(None, (words, left))))
+        else:
+            self.say("  ".join(filter(None, (f"step {step}/{self.total}", words, left))))
+
+    def time_left(self, step: int) -> str:
+        """As the steps of this session took, evaluations included; empty before there are any."""
         n_steps = step - self.first
-        seconds_a_step = (time.perf_counter() - self.began) / n_steps if n_steps else None
-        left = f"  {clock(seconds_a_step * (self.total - step))} left" if n_steps else ""
-        self.say(f"step {step}/{self.total}  loss {loss:.4f}{speed}{left}")
+        if n_steps < 1:
+            return ""
+        seconds_a_step = (time.perf_counter() - self.began) / n_steps
+        return f"{clock(seconds_a_step * (self.total - step))} left"
 
     def say(self, line: str) -> None:
         """Print a line above the bar. Training outlives whoever reads it (`2>&1 | tee log`)."""
@@ -319,41 +340,3 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def plot_losses(rows: list[dict], path) -> None:
-    """Draw training and validation loss over tokens, and the learning rate, as a PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    train = [row for row in rows if "train_loss" in row]
-    held_out = [row for row in rows if "validation_loss" in row]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    losses.xaxis.set_major_formatter(EngFormatter(sep=""))
-    tokens = [row["tokens"] for row in train]
-    losses.plot(tokens, [row["train_loss"] for row in train], color="#4c78a8", lw=1, label="train")
-    if held_out:
-        losses.plot(
-            [row["tokens"] for row in held_out],
-            [row["validation_loss"] for row in held_out],
-            "o-", color="#e45756", ms=4, lw=1.5, label="validation",
-        )  # fmt: skip
-        last = held_out[-1]
-        losses.annotate(
-            f"{last['validation_loss']:.3f}", (last["tokens"], last["validation_loss"]),
-            textcoords="offset points", xytext=(-4, 8), ha="right", color="#e45756",
-        )  # fmt: skip
-    losses.set_ylabel("loss, nats per token")
-    losses.grid(alpha=0.3)
-    losses.legend()
-    rates.plot(tokens, [row["learning_rate"] for row in train], color="#54a24b", lw=1)
-    rates.set_ylabel("learning rate")
-    rates.set_ylim(bottom=0)
-    rates.grid(alpha=0.3)
-    rates.set_xlabel("tokens")
-    path = pathlib.Path(path)
-    temporary = path.with_suffix(".tmp")
-    with storage_errors(path):
-        figure.savefig(temporary, dpi=110, format="png")
-        os.replace(temporary, path)

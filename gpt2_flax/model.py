@@ -192,7 +192,8 @@ class Dropout(nn.Module):
 class FlaxGPT2Attention(nn.Module):
     """Attention of x to itself, causal and cached, or to the states of an encoder.
 
-    Returns (B, T, D) and the probabilities (B, H, T, K), after dropout.
+    Returns (B, T, D) and the probabilities (B, H, T, K), after dropout. With `checkpointing`
+    the probabilities are computed again in the backward pass; not under hf_flax_compat.
     """
 
     config: Any
@@ -200,6 +201,7 @@ class FlaxGPT2Attention(nn.Module):
     dtype: Dtype = jnp.float32
     is_cross_attention: bool = False
     hf_flax_compat: bool = False
+    checkpointing: bool = False
 
     @nn.compact  # for the cache's variables
     def __call__(self, x_BxTxD, source_BxKxD, mask_BxK, row_ids_B, deterministic, init_cache):
@@ -216,9 +218,12 @@ class FlaxGPT2Attention(nn.Module):
             causal = positions_T[None, None, :, None] >= positions_K[None, None, None, :]
             allowed_BxHxTxK = causal if mask_BxK is None else causal & allowed_BxHxTxK
 
-        weigh = self._hf_flax_probabilities if self.hf_flax_compat else self._probabilities
-        probs_BxHxTxK = weigh(q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic)
-        mixed_BxTxHxC = jnp.einsum("BHTK,BKHC->BTHC", probs_BxHxTxK, v_BxKxHxC)
+        mix = self._mix
+        if self.checkpointing and not self.hf_flax_compat and not self.is_initializing():
+            mix = self._mix_again
+        mixed_BxTxHxC, probs_BxHxTxK = mix(
+            q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic
+        )
         std = initial_std(self.config, self.hf_flax_compat, residual=True)
         c_proj = FlaxConv1D(D, std, self.dtype, name="c_proj")
         drop = Dropout(self.config.resid_pdrop, self.hf_flax_compat, name="resid_dropout")
@@ -238,8 +243,37 @@ class FlaxGPT2Attention(nn.Module):
             return heads(3 * D, "c_attn", x_BxTxD)
         return (*heads(D, "q_attn", x_BxTxD), *heads(2 * D, "c_attn", source_BxKxD))
 
-    def _probabilities(self, q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic):
-        """Softmax in float32, as PyTorch's eager attention has it."""
+    def _mix(self, q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic):
+        """(values mixed by their probabilities (B, T, H, C), the probabilities)."""
+        if self.hf_flax_compat:
+            probs_BxHxTxK = self._hf_flax_probabilities(
+                q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, deterministic
+            )
+        else:
+            probs_BxHxTxK = self._probabilities(q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK)
+            drop = Dropout(self.config.attn_pdrop, name="attn_dropout")
+            probs_BxHxTxK = drop(probs_BxHxTxK, row_ids_B, deterministic)
+        return jnp.einsum("BHTK,BKHC->BTHC", probs_BxHxTxK, v_BxKxHxC), probs_BxHxTxK
+
+    def _mix_again(self, *arrays_and_deterministic):
+        """`_mix`, evaluated once more for its gradient."""
+        *arrays, deterministic = arrays_and_deterministic
+        drop = Dropout(self.config.attn_pdrop, parent=None)
+        key = None
+        if not deterministic and self.config.attn_pdrop > 0.0:
+            key = LazyRng.create(self.scope.rngs["dropout"], "attn_dropout")
+
+        def mix(inputs):
+            _, key, q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B = inputs
+            probs_BxHxTxK = self._probabilities(q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK)
+            rngs = None if key is None else {"dropout": key}
+            probs_BxHxTxK = drop.apply({}, probs_BxHxTxK, row_ids_B, key is None, rngs=rngs)
+            return jnp.einsum("BHTK,BKHC->BTHC", probs_BxHxTxK, v_BxKxHxC), probs_BxHxTxK
+
+        return recomputed(mix)(({}, key, *arrays))
+
+    def _probabilities(self, q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK):
+        """Softmax in float32, as PyTorch's eager attention has it; before dropout."""
         scores_BxHxTxK = jnp.einsum(
             "BTHC,BKHC->BHTK", q_BxTxHxC, k_BxKxHxC, preferred_element_type=jnp.float32
         )
@@ -247,11 +281,9 @@ class FlaxGPT2Attention(nn.Module):
         if allowed_BxHxTxK is not None:
             lowest = jnp.finfo(jnp.float32).min
             scores_BxHxTxK = jnp.where(allowed_BxHxTxK, scores_BxHxTxK, lowest)
-        probs_BxHxTxK = jax.nn.softmax(scores_BxHxTxK, axis=-1).astype(self.dtype)
-        drop = Dropout(self.config.attn_pdrop, name="attn_dropout")
-        return drop(probs_BxHxTxK, row_ids_B, deterministic)
+        return jax.nn.softmax(scores_BxHxTxK, axis=-1).astype(self.dtype)
 
-    def _hf_flax_probabilities(self, q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, _, deterministic):
+    def _hf_flax_probabilities(self, q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, deterministic):
         drops = not deterministic and self.config.attn_pdrop > 0.0
         bias = None
         if allowed_BxHxTxK is not None:
@@ -317,11 +349,14 @@ class FlaxGPT2Block(nn.Module):
     layer: int = 0
     dtype: Dtype = jnp.float32
     hf_flax_compat: bool = False
+    attention_checkpointing: bool = False
 
     def setup(self):
         epsilon, compat = self.config.layer_norm_epsilon, self.hf_flax_compat
         self.ln_1 = LayerNorm(epsilon, self.dtype)
-        self.attn = FlaxGPT2Attention(self.config, self.layer, self.dtype, False, compat)
+        self.attn = FlaxGPT2Attention(
+            self.config, self.layer, self.dtype, False, compat, self.attention_checkpointing
+        )
         if self.config.add_cross_attention:
             self.ln_cross_attn = LayerNorm(epsilon, self.dtype)
             self.crossattention = FlaxGPT2Attention(
@@ -350,7 +385,8 @@ class FlaxGPT2Block(nn.Module):
 class FlaxGPT2BlockCollection(nn.Module):
     """All layers. Returns (B, T, D), the input of each layer, its probabilities.
 
-    With gradient_checkpointing a layer's activations are computed again in the backward pass;
+    With gradient_checkpointing a layer's activations are computed again in the backward pass,
+    with attention_checkpointing the probabilities of its attention to itself alone;
     forward-mode derivatives are then not to be had.
     """
 
@@ -358,6 +394,7 @@ class FlaxGPT2BlockCollection(nn.Module):
     dtype: Dtype = jnp.float32
     hf_flax_compat: bool = False
     gradient_checkpointing: bool = False
+    attention_checkpointing: bool = False
 
     @nn.compact
     def __call__(self, x_BxTxD, *args):
@@ -366,6 +403,7 @@ class FlaxGPT2BlockCollection(nn.Module):
         inputs, probabilities = [], []
         for layer in range(self.config.n_layer):
             fields = self.config, layer, self.dtype, self.hf_flax_compat
+            fields = (*fields, self.attention_checkpointing and not keeps)
             inputs.append(x_BxTxD)
             if self.gradient_checkpointing and not keeps:
                 run = recomputed(functools.partial(self._apply, fields, deterministic))
@@ -427,6 +465,7 @@ class FlaxGPT2Module(nn.Module):
     dtype: Dtype = jnp.float32
     hf_flax_compat: bool = False
     gradient_checkpointing: bool = False
+    attention_checkpointing: bool = False
 
     def setup(self):
         config, compat = self.config, self.hf_flax_compat
@@ -434,7 +473,9 @@ class FlaxGPT2Module(nn.Module):
         self.wte = nn.Embed(config.vocab_size, config.n_embd, self.dtype, embedding_init=init)
         self.wpe = nn.Embed(config.n_positions, config.n_embd, self.dtype, embedding_init=init)
         self.dropout = Dropout(config.embd_pdrop, compat)
-        self.h = FlaxGPT2BlockCollection(config, self.dtype, compat, self.gradient_checkpointing)
+        self.h = FlaxGPT2BlockCollection(
+            config, self.dtype, compat, self.gradient_checkpointing, self.attention_checkpointing
+        )
         self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype)
 
     def __call__(
@@ -500,13 +541,15 @@ class FlaxGPT2LMHeadModule(nn.Module):
     hf_flax_compat: bool = False
     gradient_checkpointing: bool = False
     last_logits_only: bool = False  # (B, 1, V), all that the prompt of `generate` needs
+    attention_checkpointing: bool = False
     pad_vocab_to_multiple_of: int = 1  # width of the logits; ids from V on have logit -inf
 
     def setup(self):
         config = self.config
         self.transformer = FlaxGPT2Module(
-            config, self.dtype, self.hf_flax_compat, self.gradient_checkpointing
-        )
+            config, self.dtype, self.hf_flax_compat, self.gradient_checkpointing,
+            self.attention_checkpointing,
+        )  # fmt: skip
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(
                 config.vocab_size,

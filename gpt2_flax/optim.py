@@ -1,23 +1,28 @@
 """Schedule, decay mask, clipping and update rule, as one optax chain."""
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
 
 def make_schedule(
-    kind: str, peak: float, floor: float, warmup_steps: int, total_steps: int
+    kind: str, peak: float, floor: float, warmup_steps: int, total_steps: int, decay_steps: int = 0
 ) -> optax.Schedule:
     """Learning rate of update n (from 0): a linear rise to `peak`, then `kind` down to `floor`.
 
     The first update is not wasted on a rate of 0: the rise takes n = 0 to peak / warmup_steps.
     The last update, n = total_steps - 1, is the last one above the floor.
+    decay_steps: length of the linear fall that ends "wsd" (warmup, stable, decay: Hu et al. 2024,
+    https://arxiv.org/abs/2404.06395); the other kinds fall from the warmup on.
     """
     falling = max(1, total_steps - warmup_steps)
+    stable = max(0, falling - decay_steps)
     after = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, floor, falling),
         "cosine": optax.cosine_decay_schedule(peak, falling, alpha=floor / peak),
+        "wsd": optax.linear_schedule(peak, floor, falling - stable, transition_begin=stable),
     }[kind]
     if not warmup_steps:
         return after
@@ -25,9 +30,25 @@ def make_schedule(
     return optax.join_schedules([rise, after], [warmup_steps])
 
 
-def count_warmup(setting: float, total_steps: int) -> int:
-    """Steps of warmup: a share of all steps below 1, a number of steps from 1 on."""
+def count_part(setting: float, total_steps: int) -> int:
+    """Steps of a part of a run: a share of all steps below 1, a number of steps from 1 on."""
     return min(total_steps, round(setting * total_steps if setting < 1 else setting))
+
+
+def scale_by_rate_of_step(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Descend at the learning rate of the `step` that `update` is given, a scalar from 0.
+
+    It is not counted here: a step that leaves the optimizer alone still uses up its rate, so
+    that the schedule ends at the last step.
+    """
+
+    def update(updates, state, params=None, *, step, **unused):
+        del params, unused
+        descent = -schedule(step)
+        scaled = jax.tree.map(lambda leaf: jnp.asarray(descent, leaf.dtype) * leaf, updates)
+        return scaled, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def decay_mask(params) -> dict:
@@ -43,17 +64,31 @@ def make_optimizer(
     beta2: float,
     epsilon: float,
     grad_clip: float,
-) -> optax.GradientTransformation:
-    """Clipping by global norm (0: none), the update rule, decoupled decay, learning rate."""
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm (0: none), the update rule, decoupled decay, learning rate.
+
+    Its `update` takes the keyword `step`, the number of the update from 0.
+    """
     rule = {
         "adamw": lambda: optax.scale_by_adam(beta1, beta2, epsilon),
         "lion": lambda: optax.scale_by_lion(beta1, beta2),
         "sgd": lambda: optax.trace(decay=beta1),
         "muon": lambda: scale_by_muon(beta1, beta2, epsilon),
+        "adafactor": scale_by_adafactor,
     }[name]()
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
-    return optax.chain(clip, rule, decay, optax.scale_by_learning_rate(schedule))
+    return optax.chain(clip, rule, decay, scale_by_rate_of_step(schedule))
+
+
+def scale_by_adafactor() -> optax.GradientTransformation:
+    """Adafactor without momentum: of a matrix it keeps squared gradients by row and by column.
+
+    Updates are clipped to a root mean square of 1 and not scaled by the size of the parameters,
+    so that learning rates are of Adam's size (Shazeer and Stern 2018,
+    https://arxiv.org/abs/1804.04235, sections 4 to 7).
+    """
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 
 def scale_by_muon(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
@@ -85,3 +120,18 @@ def muon_dimensions(params):
         return optax.contrib.MuonDimensionNumbers((1,), (0,)) if inside_a_block else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def describe_decay(params, weight_decay: float) -> str:
+    """Which tensors decay and which don't, as a line for whoever started the run."""
+    sizes = {True: [], False: []}
+    mask = decay_mask(params)
+    for leaf, decays in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):
+        sizes[decays and weight_decay > 0].append(leaf.size)
+    parts = [
+        f"{how} {len(found)} {'tensor' if len(found) == 1 else 'tensors'}"
+        f" ({sum(found):,} parameters)"
+        for how, found in ((f"{weight_decay:g} on", sizes[True]), ("none on", sizes[False]))
+        if found
+    ]
+    return "weight decay: " + ", ".join(parts)

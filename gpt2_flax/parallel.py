@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"
@@ -30,6 +29,12 @@ def replicate(make: Callable, *args):
     (`device_put` may alias its source, which a donating step would then destroy.)
     """
     return jax.jit(make, out_shardings=replicated())(*args)
+
+
+def shapes_on_devices(tree):
+    """The shapes of a replicated tree, as Orbax and the compiler take them."""
+    sharding = replicated()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def compile_train_step(step: Callable, engine: str) -> Callable:
@@ -74,19 +79,20 @@ def merge_devices(x, axis: int):
     return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
 
 
-def put_batch(batch, micro_batches: int | None):
-    """Split a process's rows over its devices: (rows, ...) -> (devices, [A,] B, ...), there.
+def split_batch(batch, micro_batches: int | None):
+    """A process's rows, split over its devices: (rows, ...) -> (devices, [A,] B, ...).
 
-    One transfer; a device's rows, and a micro-batch's, are neighbours in the batch.
+    A device's rows, and a micro-batch's, are neighbours in the batch.
     """
     n_devices = jax.local_device_count()
     lead = (n_devices,) if micro_batches is None else (n_devices, micro_batches)
+    return jax.tree.map(lambda array: array.reshape(*lead, -1, *array.shape[1:]), batch)
 
-    def split(array: np.ndarray):
-        return array.reshape(*lead, -1, *array.shape[1:])
 
+def put_batch(batch, micro_batches: int | None):
+    """`split_batch`, on the devices by one transfer."""
     sharding = NamedSharding(mesh(), PartitionSpec(AXIS))
-    return jax.device_put(jax.tree.map(split, batch), sharding)
+    return jax.device_put(split_batch(batch, micro_batches), sharding)
 
 
 def prefetch(items: Iterable, prepare: Callable, ahead: int = 2) -> Iterator:

@@ -13,7 +13,7 @@ import optax
 
 
 class TrainState(NamedTuple):
-    """What a step maps to the next one. step: int32, updates made so far."""
+    """What a step maps to the next one. step: int32, steps made so far."""
 
     step: jax.Array
     params: Any
@@ -53,6 +53,9 @@ def train_step(state: TrainState, batch, *, model, optimizer, seed: int, axis_na
     The gradient is that of the mean loss over all targets of all micro-batches and devices,
     however unevenly they are spread. metrics: loss_sum (nats), tokens, grad_norm (before
     clipping), as float32 scalars.
+
+    Where the loss or the gradient's norm is not finite, parameters and optimizer stay as they
+    are; the step, its rows, its dropout and its learning rate are used up all the same.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
@@ -73,10 +76,23 @@ def train_step(state: TrainState, batch, *, model, optimizer, seed: int, axis_na
     loss, tokens, grads = sums
 
     grads = jax.tree.map(lambda grad: grad / tokens, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss_sum": loss, "tokens": tokens, "grad_norm": optax.tree.norm(grads)}
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    metrics = {"loss_sum": loss, "tokens": tokens, "grad_norm": norm}
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def all_finite(tree) -> jax.Array:
+    """Whether every number of a tree is finite, as a boolean scalar."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def eval_step(params, batch, *, model, axis_name=None):

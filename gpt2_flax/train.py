@@ -9,18 +9,36 @@ import logging
 import math
 import os
 import pathlib
-import shlex
 import signal
+import statistics
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import transformers
 import yaml
 
-from gpt2_flax import checkpoint, evaluate, generation, metrics, optim, parallel, step
-from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml
+from gpt2_flax import (
+    checkpoint,
+    curves,
+    durations,
+    evaluate,
+    memory,
+    metrics,
+    model_card,
+    optim,
+    outcome,
+    parallel,
+    profiling,
+    report,
+    reporters,
+    samples,
+    step,
+)
+from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml, profiled_steps
 from gpt2_flax.data import batches, opening, show
-from gpt2_flax.errors import CheckpointError, StorageError, UserError, say
+from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError, say
 from gpt2_flax.model import FlaxGPT2LMHeadModule
 from gpt2_flax.model_config import make_config
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
@@ -28,8 +46,10 @@ from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 SETTINGS_FILE = "config.yaml"
 # A directory that holds one of these and no settings of ours is somebody's own.
 FOREIGN_FILES = (
-    "config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "metrics.jsonl"
+    "config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack",
+    metrics.LOG_FILE, samples.SAMPLES_FILE, report.REPORT_FILE,
 )  # fmt: skip
+RATES_AT_ONCE = 4096
 log = logging.getLogger("gpt2_flax")
 
 
@@ -49,10 +69,11 @@ def train(config: TrainConfig) -> int:
         if holds_a_run:
             cleanup.enter_context(locked(output_dir))
         continuing = check_output_dir(config, output_dir)
-        metrics.check_reporter(config.report_to)
+        reporters.check(config.report_to)
         text = opening.open_text(config)
         tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
         model_config, given_params = choose_model(config, tokenizer, output_dir, continuing)
+        sampler = make_sampler(config, model_config, tokenizer)
         train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
 
         # -------------------------------------------------------- build
@@ -68,30 +89,49 @@ def train(config: TrainConfig) -> int:
         cleanup.callback(checkpoints.close)
         newest, newest_meta = checkpoints.newest_meta()
         run = build_run(config, model_config, train_rows, newest, newest_meta)
+        trace = make_trace(config, output_dir, run.total_steps)
 
         # -------------------------------------------------------- restore
         state, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
         if int(state.step) != newest:  # that one is damaged: another number of steps is left
             run = build_run(config, model_config, train_rows, int(state.step), meta)
-        run_log = metrics.RunLog(output_dir, config.report_to, dataclasses.asdict(config))
-        cleanup.callback(run_log.close)
+        reporter = reporters.make(
+            config.report_to, output_dir, dataclasses.asdict(config), int(state.step)
+        )
+        cleanup.callback(reporter.close)
+        run_log = metrics.RunLog(output_dir, reporter)
         run_log.forget_after(int(state.step))
+        sample_log = samples.SampleLog(output_dir)
+        sample_log.forget_after(int(state.step))
         ledger = metrics.StepLog(output_dir / metrics.LEDGER_FILE) if config.ledger else None
         if ledger is not None:
             ledger.forget_after(int(state.step))
-        describe_run(run, config, train_rows, held_out, about_text, state)
+        about_text = describe_text(config, train_rows, held_out, about_text)
+        describe_run(run, config, about_text, state, trace)
 
         # -------------------------------------------------------- loop
-        state, stopped_by = loop(
-            run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger
-        )
+        def sample_now(n, params):
+            if sampler is not None:
+                text = sampler.sample(params, n)
+                sample_log.put(n, text)
+                reporter.text(n, "sample", text)
+
+        with memory.out_of_memory(lambda: describe_memory(run, config), remedy_for_memory(config)):
+            state, stopped_by = loop(
+                run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger,
+                sample_now, trace,
+            )  # fmt: skip
         opening.warn_of_stream(train_rows)
         if stopped_by is not None:
             say(f"saved step {int(state.step)}; the same command goes on from there")
             return 128 + stopped_by
 
         # -------------------------------------------------------- finish
+        if sampler is not None and sampler.newest != int(state.step):
+            sample_now(int(state.step), state.params)
         finish(run, config, state, tokenizer, output_dir, run_log)
+        reporter.close()  # before the summary, since Weights & Biases prints one of its own
+        look_back(run, config, state, about_text, run_log, sample_log, checkpoints)
     return 0
 
 
@@ -288,9 +328,12 @@ class Run:
     micro_batches: int
     eval_batch: int
     total_steps: int
-    save_every: int
+    logging: durations.Interval
+    evaluating: durations.Interval
+    saving: durations.Interval
     row_limit: float
     slots: slice
+    seconds_a_step: float | None  # where the run's length was given as a time
     flops: float  # of one token
     peak: float | None  # FLOP/s of all devices
 
@@ -301,31 +344,31 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
         model_config,
         jnp.dtype(config.dtype),
         pad_vocab_to_multiple_of=config.pad_vocab_to_multiple_of,
+        gradient_checkpointing=config.remat == "block",
+        attention_checkpointing=config.remat == "attention",
     )
+    saved_batch = meta["global_batch"] if meta is not None else None
+    if config.batch_size == "auto":
+        config = dataclasses.replace(
+            config, batch_size=choose_batch_size(config, module, rows.count, saved_batch)
+        )
     at_once = jax.device_count() * config.batch_size
     global_batch = at_once * config.grad_accum
-    if meta is not None and meta["global_batch"] != global_batch:
-        global_batch = keep_global_batch(meta["global_batch"], config)
+    if saved_batch not in (None, global_batch):
+        global_batch = keep_global_batch(saved_batch, config)
+    speed = meta.get("seconds_a_step") if meta is not None else None
+    if speed is None and durations.split(config.max_steps)[1] == "seconds":
+        speed = measure_step(config, module, global_batch)
 
-    row_limit = math.inf if config.max_steps else round(config.epochs * rows.count)
-    # A step that ended the run before it was given more epochs may have been a short one.
-    rows_left = row_limit - (meta["cursor"]["rows"] if meta is not None else 0)
-    total_steps = config.max_steps or first_step + math.ceil(rows_left / global_batch)
-    if row_limit < 1:
-        raise UserError(
-            f"{config.epochs} epochs of {rows.count} rows are no step\n  raise --epochs"
-        )
-    warmup = optim.count_warmup(config.warmup_steps, total_steps)
-    schedule = optim.make_schedule(
-        config.lr_schedule, config.learning_rate, config.min_learning_rate, warmup, total_steps
+    def in_steps(value):
+        return durations.in_steps(value, global_batch, config.block_size, rows.count)
+
+    total_steps, row_limit = count_steps(
+        config, rows, global_batch, first_step, meta, speed, in_steps
     )
-    optimizer = optim.make_optimizer(
-        config.optimizer, schedule, config.weight_decay, config.beta1, config.beta2,
-        config.adam_epsilon, config.grad_clip,
-    )  # fmt: skip
-    train_step = functools.partial(
-        step.train_step, model=module, optimizer=optimizer, seed=config.seed
-    )
+    schedule, optimizer = make_optimizer(config, total_steps, in_steps)
+    fixed = {"model": module, "optimizer": optimizer, "seed": config.seed}
+    train_step = functools.partial(step.train_step, **fixed)
     eval_step = functools.partial(step.eval_step, model=module)
     share = global_batch // jax.process_count()
     first = jax.process_index() * share
@@ -341,14 +384,61 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
         micro_batches=global_batch // at_once,
         eval_batch=at_once,
         total_steps=total_steps,
-        save_every=min(config.save_every, max(1, total_steps // 4)),
+        logging=make_interval(config.log_every, in_steps),
+        evaluating=make_interval(config.eval_every, in_steps),
+        saving=make_interval(config.save_every, in_steps, at_most=max(1, total_steps // 4)),
         row_limit=row_limit,
         slots=slice(first, first + share),
+        seconds_a_step=speed,
         flops=metrics.flops_per_token(
             model_config.n_layer, model_config.n_embd, model_config.vocab_size, config.block_size
         ),
         peak=peak and peak * jax.device_count(),
     )
+
+
+def count_steps(config, rows, global_batch, first_step, meta, speed, in_steps):
+    """(steps, rows) of the whole run; a length that is not given in epochs has no end of rows.
+
+    speed: seconds a step, where the length is a time.
+    """
+    if config.max_steps:
+        amount, unit = durations.split(config.max_steps)
+        n_steps = amount // speed if unit == "seconds" else in_steps(config.max_steps)
+        return max(1, int(n_steps)), math.inf
+    row_limit = round(config.epochs * rows.count)
+    if row_limit < 1:
+        raise UserError(
+            f"{config.epochs} epochs of {rows.count} rows are no step\n  raise --epochs"
+        )
+    # A step that ended the run before it was given more epochs may have been a short one.
+    rows_left = row_limit - (meta["cursor"]["rows"] if meta is not None else 0)
+    return first_step + math.ceil(rows_left / global_batch), row_limit
+
+
+def make_optimizer(config, total_steps: int, in_steps):
+    """(learning rate of each step, optax's optimizer). in_steps: a setting's value as steps."""
+    warmup, decay = (
+        optim.count_part(in_steps(value), total_steps)
+        for value in (config.warmup_steps, config.decay_steps)
+    )
+    schedule = optim.make_schedule(
+        config.lr_schedule, config.learning_rate, config.min_learning_rate, warmup, total_steps,
+        decay,
+    )  # fmt: skip
+    return schedule, optim.make_optimizer(
+        config.optimizer, schedule, config.weight_decay, config.beta1, config.beta2,
+        config.adam_epsilon, config.grad_clip,
+    )  # fmt: skip
+
+
+def make_interval(value, in_steps, at_most: int | None = None) -> durations.Interval:
+    amount, unit = durations.split(value)
+    if unit == "seconds":
+        return durations.Interval(seconds=amount)
+    # Words that come to less than a step, unlike a 0, mean each step.
+    n_steps = max(in_steps(value), 1 if amount else 0)
+    return durations.Interval(min(n_steps, at_most) if at_most is not None else n_steps)
 
 
 def keep_global_batch(saved: int, config: TrainConfig) -> int:
@@ -364,6 +454,96 @@ def keep_global_batch(saved: int, config: TrainConfig) -> int:
     accumulated = saved // (devices * config.batch_size)
     say(f"the run's steps have {saved} rows and keep them: grad_accum is {accumulated} here")
     return saved
+
+
+def make_sampler(config, model_config, tokenizer) -> samples.Sampler | None:
+    if not config.sample_tokens:
+        return None
+    return samples.Sampler(
+        model_config, jnp.dtype(config.dtype), tokenizer, config.sample_prompt,
+        config.sample_tokens, config.seed,
+    )  # fmt: skip
+
+
+def make_trace(config, output_dir, total_steps) -> profiling.StepTrace:
+    """Raises UserError for steps that the run does not have."""
+    span = profiled_steps(config.profile)
+    if span is not None and span[1] > total_steps:
+        raise UserError(
+            f"profile {config.profile} goes beyond the run's {total_steps} steps\n"
+            "  trace earlier steps"
+        )
+    return profiling.StepTrace(output_dir, span)
+
+
+# ---------------------------------------------------------------- measured before the first step
+
+
+def trial(config, module):
+    """(what makes a state, a step on many devices) of a run whose length is not known yet."""
+    _, optimizer = make_optimizer(config, 1, lambda value: 1)
+    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
+    fixed = {"model": module, "optimizer": optimizer, "seed": config.seed}
+    update = functools.partial(step.train_step, **fixed)
+    return make, parallel.compile_train_step(update, config.parallel)
+
+
+def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | None) -> int:
+    """The largest power of two rows a device whose step fits, by the compiler's own plan.
+
+    saved: rows of a step of the run's checkpoints, which the choice then divides.
+    """
+    devices, accumulated = jax.device_count(), config.grad_accum
+    most = memory.MOST_TOKENS.get(jax.default_backend(), 2**18) // config.block_size
+    if rows_an_epoch is not None:
+        most = min(most, rows_an_epoch // (devices * accumulated))
+    allowed = [2**n for n in range(31) if 2**n <= max(1, most)]
+    if saved is not None:
+        allowed = [n for n in allowed if saved % (devices * n) == 0] or [1]
+    make, update = trial(config, module)
+    state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)))
+    planned = {}
+
+    def bytes_of(n):
+        if n not in planned:
+            micro_batches = saved // (devices * n) if saved else accumulated
+            rows = jax.local_device_count() * micro_batches * n
+            batch = parallel.split_batch(blank_batch(rows, config.block_size), micro_batches)
+            planned[n] = memory.step_bytes(update.lower(state, batch).compile())
+        return planned[n]
+
+    limit = int(memory.USABLE * memory.device_bytes())
+    chosen = memory.largest_batch(bytes_of, limit, allowed)
+    figures = f"{memory.gigabytes(bytes_of(chosen))} of the {memory.gigabytes(limit)} it may"
+    if bytes_of(chosen) > limit:
+        raise UserError(
+            f"batch_size auto: a step of {chosen} row a device takes {figures}\n"
+            "  use --remat block, --dtype bfloat16, a shorter --block_size, or a smaller model"
+        )
+    say(f"batch_size auto: {chosen} rows a device; a step takes {figures}")
+    return chosen
+
+
+def measure_step(config, module, global_batch: int) -> float:
+    """Seconds a step: the median of five on blank rows, after one in which it is compiled."""
+    make, update = trial(config, module)
+    state = parallel.replicate(make, jax.random.key(config.seed))
+    batch = blank_batch(global_batch // jax.process_count(), config.block_size)
+    ready = parallel.put_batch(batch, global_batch // (jax.device_count() * config.batch_size))
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(update(state, ready))
+        seconds.append(time.perf_counter() - began)
+    speed = statistics.median(seconds[1:])
+    n_steps = durations.split(config.max_steps)[0] // speed
+    say(f"a step takes {speed:.3g} s: {config.max_steps} are {n_steps:,.0f} steps")
+    return speed
+
+
+def blank_batch(n_rows: int, block_size: int) -> batches.Batch:
+    ids = np.zeros((n_rows, block_size + 1), np.int32)
+    return batches.make_batch(ids, np.ones(n_rows, bool), slice(None), n_rows)
 
 
 # ---------------------------------------------------------------- restore
@@ -385,10 +565,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         make = functools.partial(step.state_from_params, optimizer=run.optimizer)
         argument = given_params
     shapes = jax.eval_shape(make, argument)
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated()), shapes
-    )
-    restored = checkpoints.restore_latest(like._asdict())
+    restored = checkpoints.restore_latest(parallel.shapes_on_devices(shapes)._asdict())
     data = {"text": rows.fingerprint, "tokenizer": tokenizer.fingerprint}
     if restored is not None:
         state, meta = restored
@@ -418,6 +595,9 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         "seconds": 0.0,
         "window": [],
         "evaluated": 0,
+        "bad_steps": 0,
+        "bad_in_a_row": 0,
+        "seconds_a_step": run.seconds_a_step,
     }
     return parallel.replicate(make, argument), meta
 
@@ -451,32 +631,52 @@ class InterruptedEvaluationError(Exception):
     """An evaluation was cut short by a stop request."""
 
 
-def loop(run, config, state, meta, rows, held_out, checkpoints, run_log, ledger):
+def loop(
+    run, config, state, meta, rows, held_out, checkpoints, run_log, ledger, sample_now, trace
+):  # fmt: skip
     """Train to the last step. Returns (state, the signal that stopped it early or None)."""
     n = first = int(state.step)
     cursor, evaluated = meta["cursor"], meta["evaluated"]
-    meter = metrics.Meter(meta["tokens"], meta["seconds"], meta["window"], run.flops, run.peak)
+    meter = metrics.Meter(meta, run.flops, run.peak, config.max_bad_steps)
     progress = metrics.Progress(run.total_steps, n)
+
+    @functools.lru_cache(maxsize=1)
+    def rates(chunk):
+        """Learning rates of some steps at once: each would wait for the device."""
+        steps = chunk * RATES_AT_ONCE + jnp.arange(RATES_AT_ONCE)
+        return np.broadcast_to(run.schedule(steps), RATES_AT_ONCE)
+
+    def rate(update):
+        chunk, place = divmod(update, RATES_AT_ONCE)
+        return float(rates(chunk)[place])
 
     def report(row):
         if row is not None:
             run_log.write(row)
             progress.show(row["step"], row["train_loss"], row["tokens_per_second"])
+            for line in meter.notes():
+                progress.say(line)
 
     def evaluate_now():
-        """Evaluate, and log it in the same row as the step's training loss, if it has one."""
+        """Evaluate, sample, and draw. Returns the validation loss, None without such a text.
+
+        It is logged in the same row as the step's training loss, if that has one.
+        """
         nonlocal evaluated
-        row = meter.flush()
-        if row is not None:
-            report(row)
+        report(meter.flush())
+        loss = None if held_out is None else validate()
+        sample_now(n, state.params)
+        evaluated = n
+        curves.draw(metrics.read_log(run_log.path), run_log.path.with_name(curves.PLOT_FILE))
+        return loss
+
+    def validate():
         # A trial of a few steps is not to be followed by an evaluation longer than itself.
-        n_rows = config.eval_rows or min(n, config.eval_every or n) * run.global_batch
+        n_rows = config.eval_rows or run.total_steps * run.global_batch
         loss, n_tokens = held_out_loss(run, config, state.params, held_out, n_rows, stop)
         perplexity = evaluate.perplexity(loss)
-        row = run_log.take(n) or {"step": n, "tokens": meter.tokens_now()}
-        run_log.write(row | {"validation_loss": loss, "perplexity": perplexity})
-        evaluated = n
-        metrics.plot_losses(metrics.read_log(run_log.path), run_log.path.with_name("loss.png"))
+        about = {"step": n, "tokens": meter.tokens_now()}
+        run_log.merge(about | {"validation_loss": loss, "perplexity": perplexity})
         part = "" if n_tokens == len(held_out) - 1 else f" (on the first {n_tokens:,} tokens)"
         progress.say(f"step {n}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{part}")
         return loss
@@ -484,40 +684,59 @@ def loop(run, config, state, meta, rows, held_out, checkpoints, run_log, ledger)
     def save_now(validation_loss):
         report(meter.flush())
         about = meter.snapshot() | {"cursor": cursor, "evaluated": evaluated}
+        if not is_finite(state):
+            raise NumericsError(
+                f"step {n}: parameters or optimizer are not finite numbers; not saved\n"
+                f"  {metrics.STEADIER}"
+            )
         checkpoints.save(n, state._asdict(), meta | about, validation_loss)
 
-    def is_due(every):
-        return n == run.total_steps or (every and n % every == 0)
+    def is_due(interval):
+        return interval.is_due(n) or n == run.total_steps
 
+    is_finite = jax.jit(step.all_finite)
     steps = rows.batches(cursor, run.global_batch, run.row_limit, run.slots)
     steps = itertools.islice(steps, run.total_steps - first)
     ready = parallel.prefetch(
         steps,
         lambda taken: taken._replace(batch=parallel.put_batch(taken.batch, run.micro_batches)),
     )
-    with StopRequest() as stop, contextlib.closing(progress), contextlib.closing(ready):
+
+    with contextlib.ExitStack() as cleanup:
+        stop = cleanup.enter_context(StopRequest())
+        for opened in (progress, ready, trace):
+            cleanup.enter_context(contextlib.closing(opened))
         # A stop request may have cut off the evaluation that belongs to this step.
-        evaluate_first = n and held_out is not None and is_due(config.eval_every)
-        if evaluate_first and evaluated != n:
+        if n and is_due(run.evaluating) and evaluated != n:
             with contextlib.suppress(InterruptedEvaluationError):
                 evaluate_now()
+        if trace.begins_at(n + 1):
+            trace.start()
         for batch, numbers, cursor in ready:
-            state, values = run.train_step(state, batch)
+            with trace.annotated(n + 1):
+                state, values = run.train_step(state, batch)
             n += 1
             if ledger is not None:
                 ledger.write({"step": n, "rows": numbers.tolist()})
             meter.add(n, values)
             progress.advance()
             validation_loss = None
-            if is_due(config.log_every):
+            if is_due(run.logging):
                 epoch = cursor["rows"] / rows.count if rows.count else cursor["epoch"]
-                report(meter.close_window(n, round(epoch, 6), float(run.schedule(n - 1))))
+                report(meter.close_window(n, round(epoch, 6), rate(n - 1)))
             with meter.paused():
-                if held_out is not None and is_due(config.eval_every) and not stop.signal:
+                if trace.ends_at(n):
+                    report(meter.flush())
+                    trace.stop()
+                    progress.say(f"the trace of steps {config.profile} is in {trace.folder}")
+                if is_due(run.evaluating) and not stop.signal:
                     with contextlib.suppress(InterruptedEvaluationError):
                         validation_loss = evaluate_now()
-                if is_due(run.save_every) or stop.signal:
+                if is_due(run.saving) or stop.signal:
                     save_now(validation_loss)
+                if trace.begins_at(n + 1) and not stop.signal:
+                    report(meter.flush())
+                    trace.start()
             if stop.signal:
                 break
         report(meter.flush())
@@ -552,67 +771,112 @@ def held_out_loss(run, config, params, held_out, n_rows, stop) -> tuple[float, i
 
 
 def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
-    """Export the model, draw the curves, show a sample, and say what to do next."""
+    """Export the model and draw the curves."""
     model = FlaxGPT2LMHeadModel(
         run.model_config, dtype=run.module.dtype, params=jax.device_get(state.params)
     )
     try:
         model.save_pretrained(output_dir)
         tokenizer.save(output_dir)
-        rows = metrics.read_log(run_log.path)
-        metrics.plot_losses(rows, output_dir / metrics.PLOT_FILE)
     except OSError as error:
         raise StorageError(f"cannot write the model into {output_dir}: {error}") from error
-    room = run.model_config.n_positions - max(1, len(tokenizer.encode(config.sample_prompt)))
-    n_new = min(config.sample_tokens, room)
-    if n_new > 0:
-        text = generation.continue_text(
-            model, tokenizer, config.sample_prompt, n_new,
-            temperature=0.8, top_k=40, top_p=1.0, seed=config.seed,
-        )  # fmt: skip
-        print(f"\n--- a sample ---\n{text}\n----------------\n")
-    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    tokens = f", {rows[-1]['tokens']:,} tokens" if rows else ""
-    held_out = f"; validation loss {losses[-1]:.4f}" if losses else ""
-    prompt = shlex.quote(config.sample_prompt or "Once")
-    print(
-        f"done: {int(state.step):,} steps{tokens}{held_out}\n"
-        f"model:    {output_dir}  (PyTorch: GPT2LMHeadModel.from_pretrained('{output_dir}'))\n"
-        f"curves:   {output_dir / metrics.PLOT_FILE}\n"
-        f"generate: python scripts/generate.py --model {shlex.quote(str(output_dir))}"
-        f" --prompt {prompt} --max_new_tokens 100"
+    curves.draw(metrics.read_log(run_log.path), output_dir / curves.PLOT_FILE)
+
+
+def look_back(run, config, state, about_text, run_log, sample_log, checkpoints) -> None:
+    """Write report.html and the model card, and say what came of the run and what to do next."""
+    output_dir = pathlib.Path(config.output_dir)
+    came_to = outcome.Outcome(
+        config=config,
+        saved=yaml.safe_load((output_dir / SETTINGS_FILE).read_text("utf-8")),
+        model=describe_model(run, state),
+        about_text=about_text,
+        step=int(state.step),
+        rows_per_step=run.global_batch,
+        peak=run.peak,
+        rows=metrics.read_log(run_log.path),
+        samples=sample_log.read() if config.sample_tokens else {},
+        checkpoints=checkpoints.steps(),
     )
+    report.write(came_to, output_dir / curves.PLOT_FILE, output_dir / report.REPORT_FILE)
+    if not model_card.write(came_to, output_dir / model_card.CARD_FILE):
+        say(f"{output_dir / model_card.CARD_FILE} is somebody's own and stays as it is")
+    for line in outcome.summary(came_to):
+        print(line)
 
 
 # ---------------------------------------------------------------- words
 
 
-def describe_run(run, config, rows, held_out, about_text, state) -> None:
-    devices = jax.devices()
-    n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+def describe_model(run, state) -> dict:
     c = run.model_config
-    say(f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}, {config.dtype}")
-    say(
-        f"model: {c.n_layer} layers x {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size}:"
-        f" {n_params / 1e6:.1f}M parameters"
+    return {
+        "layers": c.n_layer,
+        "width": c.n_embd,
+        "heads": c.n_head,
+        "positions": c.n_positions,
+        "vocabulary": c.vocab_size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    }
+
+
+def describe_text(config, rows, held_out, about: dict) -> str:
+    """A line on the training text and its size, where that is known."""
+    if config.train_file:
+        name = ", ".join(outcome.public("train_file", config.train_file))
+    else:
+        name = " ".join(filter(None, (config.dataset, config.dataset_config)))
+        name = outcome.public("dataset", name)
+    if rows.count is None:
+        return f"{name}, streamed; tokenizer {outcome.public('tokenizer', config.tokenizer)}"
+    documents = about.get("documents")
+    plural = "" if documents == 1 else "s"
+    in_documents = f"{documents:,} document{plural}, " if documents is not None else ""
+    evaluated = f"; {len(held_out):,} tokens held out" if held_out is not None else ""
+    return (
+        f"{name}: {in_documents}{rows.count:,} rows of {config.block_size} tokens an epoch,"
+        f" {rows.remainder} tokens left over{evaluated}"
     )
-    if rows.count is not None:
-        evaluated = f"; {len(held_out):,} tokens held out" if held_out is not None else ""
-        documents = about_text.get("documents")
-        in_documents = f"{documents:,} documents, " if documents is not None else ""
-        say(
-            f"text: {in_documents}{rows.count:,} rows of {config.block_size} tokens an epoch,"
-            f" {rows.remainder} tokens left over{evaluated}"
-        )
+
+
+def describe_run(run, config, about_text, state, trace) -> None:
+    devices = jax.devices()
+    say(f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}, {config.dtype}")
+    say(f"model: {outcome.describe_model(describe_model(run, state))}")
+    say(f"text: {about_text}")
+    say(optim.describe_decay(state.params, config.weight_decay))
     per_step = run.global_batch * config.block_size
+    rows_at_once = run.eval_batch // len(devices)
     say(
         f"step: {run.global_batch} rows, {per_step:,} tokens (devices {len(devices)} x rows"
-        f" {config.batch_size} x accumulated {run.micro_batches}); {run.total_steps:,} steps"
+        f" {rows_at_once} x accumulated {run.micro_batches}); {run.total_steps:,} steps"
     )
     if int(state.step):
         say(f"continuing after step {int(state.step):,}")
+        if config.profile and int(state.step) >= trace.last:
+            say(f"profile {config.profile}: these steps were made before; nothing is traced")
     elif run.total_steps:
         say("compiling the first step")
+
+
+def describe_memory(run, config) -> str:
+    """The sizes that matter where a step does not fit into a device."""
+    make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
+    state = jax.tree.leaves(jax.eval_shape(make, jax.random.key(0)))
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    return (
+        f"{run.eval_batch // jax.device_count()} rows of {config.block_size} tokens at a time,"
+        f" beside {memory.gigabytes(n_bytes)} of parameters and optimizer, on a"
+        f" {jax.devices()[0].device_kind} that has {memory.gigabytes(memory.device_bytes())}"
+    )
+
+
+def remedy_for_memory(config) -> str:
+    remedies = ["a smaller --batch_size with as much more --grad_accum (the same step)"]
+    remedies += ["--remat block"] if config.remat != "block" else []
+    remedies += ["--dtype bfloat16 in a new run"] if config.dtype == "float32" else []
+    remedies += ["--optimizer adafactor in a new run"] if config.optimizer != "adafactor" else []
+    return "use " + ", or ".join(remedies[:3])
 
 
 def quiet_libraries() -> None:

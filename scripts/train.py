@@ -5,12 +5,15 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from gpt2_flax.config import load_config
+from gpt2_flax.config import dump_yaml, load_config
 from gpt2_flax.errors import run_main
 
 
 def main(argv: list[str]) -> int:
     config = load_config(argv)
+    if config.print_config:
+        print(dump_yaml(config), end="")
+        return 0
     from gpt2_flax.train import train  # after a fault of the settings, which needs no JAX
 
     return train(config)

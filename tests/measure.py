@@ -3,13 +3,19 @@
 python -m tests.measure decode [ROUNDS]   greedy decoding and PyTorch's, fresh processes in turn
 python -m tests.measure memory            temporary memory of a gradient, with and without
                                           gradient checkpointing, as the compiler plans it
+python -m tests.measure logging [ROUNDS]  steps with a row of the log each and with one in a
+                                          hundred, fresh processes of scripts/train.py in turn;
+                                          first, what the host does for a row by itself
+                                          (0 rounds: only that)
 """
 
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 PROMPT, NEW, REPEATS = 32, 128, 3
@@ -94,6 +100,75 @@ def memory() -> None:
         print(f"124M, 1 x 1024, float32, gradient checkpointing {again}: {size / 1e9:.2f} GB")
 
 
+WARM_UP, TIMED = 100, 300  # steps; both multiples of a hundred, where either kind has a row
+SMALL = [
+    "--dataset", "python_stdlib", "--tokenizer", "bytes",
+    "--n_layers", "2", "--n_heads", "4", "--n_embd", "128", "--n_positions", "128",
+    "--block_size", "128", "--batch_size", "4", "--dropout", "0", "--sample_tokens", "0",
+    "--eval_every", "0", "--eval_rows", "4", "--save_every", "0",
+    "--max_steps", str(WARM_UP + TIMED),
+]  # fmt: skip
+
+
+def time_steps(log_every: int, folder: str) -> float:
+    """Milliseconds of a step of a fresh run, after the warm-up, by the clock of its log."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    output_dir = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, str(root / "scripts" / "train.py"), *SMALL]
+    command += ["--log_every", str(log_every), "--output_dir", output_dir]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    lines = pathlib.Path(output_dir, "metrics.jsonl").read_text().splitlines()
+    seconds = {row["step"]: row["seconds"] for row in map(json.loads, lines)}
+    return 1000 * (seconds[WARM_UP + TIMED] - seconds[WARM_UP]) / TIMED
+
+
+def log_rows(report_to: str, n_rows: int = 600) -> tuple[float, float]:
+    """Median milliseconds of a row of the log: (of the thread's processor time, by the clock)."""
+    import jax.numpy as jnp
+
+    from gpt2_flax import metrics, reporters
+
+    with tempfile.TemporaryDirectory() as folder:
+        reporter = reporters.make(report_to, folder, {}, 0)
+        log, progress = metrics.RunLog(folder, reporter), metrics.Progress(n_rows, 0)
+        meter = metrics.Meter(0, 0.0, [], 1.0, None)
+        values = {name: jnp.float32(2) for name in ("loss_sum", "tokens", "grad_norm")}
+        busy, passed = [], []
+        for n in range(1, n_rows + 1):
+            meter.add(n, values)
+            progress.advance()
+            at = time.thread_time(), time.perf_counter()
+            row = meter.close_window(n, 0.1, 0.1)
+            if row is not None:
+                log.write(row)
+                progress.show(n, row["train_loss"], row["tokens_per_second"])
+            busy.append(1000 * (time.thread_time() - at[0]))
+            passed.append(1000 * (time.perf_counter() - at[1]))
+        reporter.close()
+    return statistics.median(busy), statistics.median(passed)
+
+
+def logging(rounds: int) -> None:
+    for report_to in ("none", "tensorboard"):
+        busy, passed = log_rows(report_to)
+        print(f"a row, --report_to {report_to}: {busy:.2f} ms of processor time, {passed:.2f} ms")
+    if not rounds:
+        return
+    taken = {1: [], 100: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            for log_every, times in taken.items():
+                times.append(time_steps(log_every, folder))
+                load = os.getloadavg()[0]
+                print(f"log_every {log_every:3}: {times[-1]:.2f} ms a step, load {load:.1f}")
+    medians = {log_every: statistics.median(times) for log_every, times in taken.items()}
+    for log_every, times in taken.items():
+        print(f"log_every {log_every:3}: median {medians[log_every]:.2f} ms a step"
+              f" ({min(times):.2f} to {max(times):.2f}, {rounds} processes)")  # fmt: skip
+    print(f"a row each step costs {medians[1] / medians[100] - 1:+.1%}")
+
+
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:] or ["help"]
     if command == "decode":
@@ -102,5 +177,7 @@ if __name__ == "__main__":
         print(json.dumps(decode_once(arguments[0])))
     elif command == "memory":
         memory()
+    elif command == "logging":
+        logging(int(arguments[0]) if arguments else 5)
     else:
         print(__doc__)

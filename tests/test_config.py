@@ -1,15 +1,20 @@
 """Settings: where they come from, what they accept, and what is said about a wrong one."""
 
 import dataclasses
+import itertools
 import pathlib
 import random
 import re
+import shlex
 import tracemalloc
+import types
 import typing
 
 import pytest
 import yaml
 
+import scripts.train
+from gpt2_flax import durations
 from gpt2_flax.config import (
     COMMAND_ONLY,
     FIELDS,
@@ -40,11 +45,21 @@ ANOTHER = {
     "min_learning_rate": 1e-5,
     "tokenizer": "bpe:300",
     "encoding_errors": "replace",
+    "profile": "1:1",
+    "remat": "block",
+    "batch_size": "auto",
+    "max_steps": 1000,
+    "warmup_steps": "2000000 tokens",
+    "decay_steps": 0.25,
+    "log_every": "50000 tokens",
+    "eval_every": "0.5 epochs",
+    "save_every": "30 minutes",
 }
 COMPANIONS = {
     "shuffle_window": ["--streaming"],
     "document_separator": ["--train_file", "a"],
     "encoding_errors": ["--train_file", "a"],
+    "decay_steps": ["--lr_schedule", "wsd"],
 }
 
 
@@ -115,7 +130,7 @@ def test_a_flag_sets_its_setting_and_no_other(name, write_yaml):
     assert config == dataclasses.replace(load_config(extra), **{name: value})
 
 
-NO_KEY = ("config", "debug", "show_data")  # what is refused in a file
+NO_KEY = ("config", "debug", "show_data", "print_config")  # what is refused in a file
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in NO_KEY])
@@ -177,7 +192,161 @@ def test_every_recipe_loads(path):
     assert config.output_dir != TrainConfig.output_dir  # recipes don't mix in one directory
 
 
+def test_the_recipes_are_these():
+    assert {path.stem for path in RECIPES} >= {
+        "quickstart", "gpt2_124m_wikitext2", "gpt2_124m_wikitext103", "gpt2_124m_text_file",
+        "gpt2_124m_openwebtext", "gpt2_medium", "gpt2_large", "gpt2_xl", "shakespeare_bytes",
+        "finetune_gpt2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_headed_by_its_command_and_what_to_expect(path):
+    lines = path.read_text("utf-8").splitlines()
+    head = [line for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    (command,) = (line for line in head if f"--config configs/{path.name}" in line)
+    words = shlex.split(command.lstrip("# "))
+    assert words[:2] == ["python", "scripts/train.py"]
+    load_config(["--config", str(path), *words[4:]])
+    assert "not yet measured" in "\n".join(head) or re.search(r"loss \d\.\d\d", "\n".join(head))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("gpt2_124m_openwebtext", 491_520),
+        ("gpt2_medium", 524_288),
+        ("gpt2_large", 524_288),
+        ("gpt2_xl", 524_288),
+    ],
+)
+def test_a_recipe_s_steps_have_half_a_million_tokens(name, tokens):
+    c = load_config(["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    assert 8 * c.batch_size * c.grad_accum * c.block_size == tokens
+    assert c.block_size == 1024
+
+
+def test_the_recipe_of_the_bare_command_has_its_settings():
+    recipe = load_config(["--config", str(ROOT / "configs" / "gpt2_124m_wikitext2.yaml")])
+    bare = {"config": "", "output_dir": TrainConfig.output_dir, "dataset_config": ""}
+    assert dataclasses.replace(recipe, **bare) == TrainConfig()
+
+
+# ---------------------------------------------------------------- lengths
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "value"),
+    [
+        ("max_steps", "500", 500),
+        ("max_steps", "10k", 10_000),
+        ("max_steps", "1.5k steps", 1500),
+        ("max_steps", "1 step", 1),
+        ("max_steps", "1e3", 1000),
+        ("max_steps", "1B tokens", "1000000000 tokens"),
+        ("max_steps", "2.5MTokens", "2500000 tokens"),
+        ("max_steps", "2 hours", "2 hours"),
+        ("max_steps", "1.5 day", "1.5 days"),
+        ("eval_every", "90 minutes", "90 minutes"),
+        ("save_every", "30 seconds", "30 seconds"),
+        ("eval_every", "1 epoch", "1 epochs"),
+        ("log_every", ".25 epochs", "0.25 epochs"),
+        ("warmup_steps", "0.05", 0.05),
+        ("warmup_steps", "2k", 2000),
+        ("warmup_steps", "10M tokens", "10000000 tokens"),
+    ],
+)
+def test_a_length_may_be_words(name, words, value, write_yaml):
+    for argv in (
+        [f"--{name}", words],
+        ["--config", write_yaml(yaml.safe_dump({name: words}))],
+        ["--config", write_yaml(yaml.safe_dump({name: value}))],
+    ):
+        assert getattr(load_config(argv), name) == value
+
+
+def test_a_run_of_epochs_is_the_same_in_words():
+    assert load_config(["--max_steps", "2.5 epochs"]) == TrainConfig(epochs=2.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "epochs", "max_steps"),
+    [
+        ("epochs: 3", ["--max_steps", "30"], 1.0, 30),
+        ("max_steps: 30", ["--epochs", "3"], 3.0, 0),
+        ("max_steps: 2 epochs", ["--max_steps", "1B tokens"], 1.0, "1000000000 tokens"),
+        ("max_steps: 30", ["--seed", "3"], 1.0, 30),
+    ],
+)
+def test_a_length_as_a_flag_replaces_the_files(write_yaml, content, flags, epochs, max_steps):
+    config = load_config(["--config", write_yaml(content), *flags])
+    assert (config.epochs, config.max_steps) == (epochs, max_steps)
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (
+            "--log_every 2hours",
+            r"cannot be counted in hours: expected .*'1B tokens', got '2hours'$",
+        ),
+        ("--warmup_steps 1day", r"cannot be counted in days: expected a number of steps, a share"),
+        ("--max_steps 2weeks", r"expected a whole number of steps, '3 epochs', .*'2 hours', got"),
+        ("--max_steps 1.5steps", r"expected a whole number of steps, got '1.5steps'$"),
+        ("--max_steps 1.5tokens", r"expected a whole number of tokens, got '1.5tokens'$"),
+        ("--warmup_steps 0.5steps", r"expected a whole number of steps, got '0.5steps'$"),
+        ("--max_steps 5m", r"expected a whole number of steps, "),  # minutes or millions
+        ("--max_steps 9e999tokens", r"expected a whole number of steps, "),
+        ("--max_steps hours", r"expected a whole number of steps, "),
+        ("--max_steps=-2hours", r"expected a whole number of steps, "),
+        ("--eval_every true", r"expected a whole number of steps, "),
+    ],
+)
+def test_a_length_in_other_words_is_refused(argv, match):
+    assert re.search(match, only_fault_of(*argv.split()))
+
+
+@pytest.mark.parametrize(
+    ("value", "n_steps"),
+    [
+        (7, 7),
+        (0.25, 0.25),
+        ("1 epochs", 13),  # 100 rows, 8 a step
+        ("0.5 epochs", 7),
+        ("0.001 epochs", 0),
+        ("161 tokens", 2),  # 8 x 20 a step
+        ("160 tokens", 1),
+    ],
+)
+def test_words_are_rounded_up_to_steps(value, n_steps):
+    assert durations.in_steps(value, 8, 20, 100) == n_steps
+
+
+def test_an_interval_of_time_is_due_when_it_has_passed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(durations.time, "monotonic", lambda: now[0])
+    interval = durations.Interval(seconds=durations.split("1.5 minutes")[0], last=100.0)
+    due = []
+    for step, now[0] in enumerate([130.0, 189.9, 190.0, 191.0, 281.0, 300.0, 371.0]):
+        if interval.is_due(step):
+            due.append(step)
+    assert due == [2, 4, 6]
+
+
+def test_an_interval_of_steps_is_due_at_their_multiples():
+    every, never = durations.Interval(3), durations.Interval(0)
+    assert [n for n in range(1, 10) if every.is_due(n)] == [3, 6, 9]
+    assert not any(never.is_due(n) for n in range(1, 10))
+
+
 # ---------------------------------------------------------------- help
+
+
+def test_print_config_prints_what_config_reads(write_yaml, capsys):
+    argv = ["--max_steps", "1B tokens", "--learning_rate", "3e-4", "--sample_prompt", "a: #b"]
+    assert scripts.train.main([*argv, "--print_config"]) == 0
+    path = write_yaml(capsys.readouterr().out)
+    assert load_config(["--config", path]) == dataclasses.replace(load_config(argv), config=path)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -247,7 +416,7 @@ def test_an_unknown_key_is_named_with_the_nearest_one(line, match, write_yaml):
         ("n_layers", "x" * 999, r"expected a whole number, got 'x+\.\.\.$"),
         ("learning_rate", "fast", "expected a number, got 'fast'$"),
         ("shuffle", "maybe", "expected true or false, got 'maybe'$"),
-        ("optimizer", "adam", "expected one of adamw, muon, lion, sgd, got 'adam'$"),
+        ("optimizer", "adam", "expected one of adamw, adafactor, muon, lion, sgd, got 'adam'$"),
         ("optimizer", "[adamw]", r"expected one of .*, got \['adamw'\]$"),
         # What YAML has made of these is no longer what was written.
         ("output_dir", "007", "expected text .in quotes.*, got 7$"),
@@ -365,7 +534,17 @@ def test_an_endless_file_is_not_read_to_its_end():
         ("--dropout 1", r"^dropout must be at least 0 and below 1, got 1.0$"),
         ("--learning_rate 0", r"^learning_rate must be above 0, got 0.0$"),
         ("--grad_accum 0", r"^grad_accum must be at least 1, got 0$"),
-        ("--max_steps -1", r"^max_steps must be 0 or more, got -1$"),
+        ("--max_steps -1", r"^--max_steps: expected a whole number of steps, '3 epochs', .*'-1'$"),
+        ("--max_bad_steps -1", r"^max_bad_steps must be 0 or more, got -1$"),
+        ("--batch_size all", r"^--batch_size: expected a whole number or auto, got 'all'$"),
+        ("--batch_size 0", r"^batch_size must be at least 1, got 0$"),
+        ("--log_every 0", r"^log_every must be at least 1, got 0$"),
+        ("--log_every 0epochs", r"^log_every must be above 0, got 0 epochs$"),
+        ("--max_steps 0hours", r"^max_steps must be above 0, got 0 hours$"),
+        (
+            "--lr_schedule wsd --warmup_steps .5 --decay_steps .6",
+            r"^warmup_steps 0.5 and decay_steps 0.6 are over the whole run\n  lower one",
+        ),
     ],
 )
 def test_values_that_make_no_run_are_refused_with_a_remedy(argv, match):
@@ -430,6 +609,11 @@ def test_the_sizes_of_a_model_to_start_from_are_not_ours_to_judge():
         ("--lr_schedule constant --min_learning_rate 1e-5", "min_learning_rate", "lr_schedule c"),
         ("--optimizer lion --adam_epsilon 1e-5", "adam_epsilon", "optimizer lion"),
         ("--optimizer sgd --beta2 .9", "beta2", "optimizer sgd"),
+        ("--optimizer adafactor --beta2 .9", "beta2", "optimizer adafactor"),
+        ("--optimizer adafactor --beta1 .8", "beta1", "optimizer adafactor"),
+        ("--optimizer adafactor --adam_epsilon 1", "adam_epsilon", "optimizer adafactor"),
+        ("--decay_steps 9", "decay_steps", "lr_schedule cosine"),
+        ("--epochs 2 --max_steps 9", "epochs", "max_steps"),
     ],
 )
 def test_a_setting_that_could_have_no_effect_is_refused(argv, name, other):
@@ -491,7 +675,7 @@ def test_the_settings_of_a_run_can_be_read_again(write_yaml):
     # These would clash with others of the changed ones.
     for name in (
         "train_file", "validation_file", "init_from", "adam_epsilon", "shuffle",
-        "document_separator", "encoding_errors",
+        "document_separator", "encoding_errors", "decay_steps", "epochs",
     ):  # fmt: skip
         values.pop(name)
     odd = "tab\t nul\x00 quote' \" # : - é 漢 \U0001f600 \udcff\nnew line \x85 007"
@@ -571,6 +755,14 @@ def random_command(rng, write_yaml):
     return argv
 
 
+def python_types(kind):
+    """What a value of a setting may be an instance of."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return tuple(python_types(part) for part in typing.get_args(kind))
+    kind = typing.get_origin(kind) or kind
+    return str if kind is typing.Literal else kind
+
+
 def test_any_command_gives_settings_or_faults(write_yaml):
     rng = random.Random(0)
     outcomes = {TrainConfig: 0, UserError: 0}
@@ -584,6 +776,5 @@ def test_any_command_gives_settings_or_faults(write_yaml):
         else:
             outcomes[TrainConfig] += 1
             for name, value in dataclasses.asdict(config).items():
-                kind = typing.get_origin(TYPES[name]) or TYPES[name]
-                assert isinstance(value, str if kind is typing.Literal else kind), argv
+                assert isinstance(value, python_types(TYPES[name])), argv
     assert min(outcomes.values()) > 30  # else the commands try too little

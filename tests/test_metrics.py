@@ -1,4 +1,4 @@
-"""The log of a run, its speed, its curves, and the lines on the terminal."""
+"""The log of a run, its speed, and the lines on the terminal."""
 
 import json
 import math
@@ -9,14 +9,12 @@ import types
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
-import matplotlib.image
 import numpy as np
 import pytest
 
-from gpt2_flax import metrics
-from gpt2_flax.errors import NumericsError, StorageError, UserError
-from gpt2_flax.metrics import Meter, Progress, RunLog, plot_losses, read_log
+from gpt2_flax import metrics, reporters
+from gpt2_flax.errors import NumericsError, StorageError
+from gpt2_flax.metrics import Meter, Progress, RunLog, read_log
 from gpt2_flax.model import FlaxGPT2LMHeadModule
 
 # ---------------------------------------------------------------- floating-point operations
@@ -66,8 +64,18 @@ def test_peak_is_that_of_the_device_or_none(kind, peak):
 # ---------------------------------------------------------------- metrics.jsonl
 
 
-def open_log(folder, **options):
-    return RunLog(folder, **{"report_to": "none", "run_settings": {}} | options)
+class Reports(reporters.Nobody):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def scalars(self, step, values):
+        self.told.append((step, values))
+
+
+def open_log(folder, reporter=None):
+    return RunLog(folder, reporter or reporters.Nobody())
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
@@ -128,60 +136,43 @@ def test_a_file_system_that_refuses_is_a_storage_error(taken, act, tmp_path):
         act(log)
 
 
-def test_rows_go_to_tensorboard(tmp_path, monkeypatch):
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            written.append(folder)
-
-        def add_scalar(self, *scalar):
-            written.append(scalar)
-
-        def flush(self):
-            written.append("flushed")
-
-        def close(self):
-            written.append("closed")
-
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    log = open_log(tmp_path, report_to="tensorboard")
-    log.write({"step": 7, "train_loss": 2.5, "mfu": None})
-    assert written == [str(tmp_path), ("train_loss", 2.5, 7), "flushed"]
-    log.close()
-    assert written[-1] == "closed"
+def test_a_row_of_a_step_that_is_there_is_added_to_it_and_only_that_is_reported(tmp_path):
+    log = open_log(tmp_path, Reports())
+    log.write({"step": 2, "tokens": 20, "train_loss": 3.0})
+    log.merge({"step": 2, "tokens": 20, "validation_loss": 2.5})
+    log.merge({"step": 3, "tokens": 30, "validation_loss": 2.0})
+    assert read_log(log.path) == [
+        {"step": 2, "tokens": 20, "train_loss": 3.0, "validation_loss": 2.5},
+        {"step": 3, "tokens": 30, "validation_loss": 2.0},
+    ]
+    assert log.reporter.told == [
+        (2, {"tokens": 20, "train_loss": 3.0}),
+        (2, {"validation_loss": 2.5}),
+        (3, {"tokens": 30, "validation_loss": 2.0}),
+    ]
 
 
-def test_rows_go_to_wandb(tmp_path, monkeypatch):
-    logged = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: logged.append((values, step)),
-        finish=lambda: logged.append("finished"),
-    )
-    started = []
-    module = types.SimpleNamespace(init=lambda **options: started.append(options) or run)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    log = open_log(tmp_path, report_to="wandb", run_settings={"seed": 3})
-    log.write({"step": 7, "train_loss": 2.5})
-    assert started == [{"dir": str(tmp_path), "config": {"seed": 3}, "resume": "allow"}]
-    assert logged == [({"train_loss": 2.5}, 7)]
-    log.close()
-    assert logged[-1] == "finished"
+# ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "command"),
-    [
-        ("tensorboard", "tensorboardX", "pip install tensorboardX tensorboard"),
-        ("wandb", "wandb", "pip install wandb"),
-    ],
-)
-def test_a_reporter_that_is_not_installed_is_named(name, module, command, monkeypatch):
-    metrics.check_reporter("none")
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda found: None)
-    with pytest.raises(UserError, match=rf"--report_to {name} needs .*{module}\n  {command}$"):
-        metrics.check_reporter(name)
+def with_stats(monkeypatch, *stats):
+    devices = [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: devices)
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+    with_stats(monkeypatch, {"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7}, {})
+    assert metrics.peak_memory() == {"device_peak_memory_bytes": 7}
+
+
+@pytest.mark.parametrize("stats", [None, {}, {"bytes_in_use": 3}])
+def test_memory_is_that_of_the_process_where_no_device_counts_it(stats, monkeypatch):
+    with_stats(monkeypatch, stats)
+    before = metrics.peak_memory()["process_peak_memory_bytes"]
+    block = np.ones(max(before // 8, 2**24))  # as much again: the peak must move
+    after = metrics.peak_memory()["process_peak_memory_bytes"]
+    assert before > 2**26  # Python and JAX alone
+    assert after >= before + block.nbytes // 4
 
 
 # ---------------------------------------------------------------- Meter
@@ -231,21 +222,24 @@ def plain(tree):
     return jax.tree.map(lambda x: float(x) if isinstance(x, Value) else x, tree)
 
 
-def make_meter(flops=7.0, peak=None, **snapshot):
-    return Meter(**{"tokens": 0, "seconds": 0.0, "window": []} | snapshot, flops=flops, peak=peak)
+FRESH = {"tokens": 0, "seconds": 0.0, "window": [], "bad_steps": 0, "bad_in_a_row": 0}
+
+
+def make_meter(flops=7.0, peak=None, max_bad_steps=10, **snapshot):
+    return Meter(FRESH | snapshot, flops, peak, max_bad_steps)
 
 
 def run_loop(device, meter, steps, every=5, pauses=None, first=0):
-    """The rows of a loop like the trainer's. pauses: step -> seconds of an evaluation there."""
+    """The rows of a loop like the trainer's. pauses: step -> seconds of each thing done there."""
     rows = []
     for n in range(first + 1, steps + 1):
         meter.add(n, device.step())
         if n % every == 0:
             rows.append(meter.close_window(n, n / 100, 0.5))
         with meter.paused():
-            if n in (pauses or {}):
+            for seconds in (pauses or {}).get(n, ()):
                 rows.append(meter.flush())
-                device.spend(pauses[n])
+                device.spend(seconds)
                 device.free_at = device.now()
     rows.append(meter.flush())
     return [row for row in rows if row is not None]
@@ -256,7 +250,10 @@ def run_loop(device, meter, steps, every=5, pauses=None, first=0):
     [(2.0, 0.1), (0.1, 2.0)],
     ids=["the device is the slow one", "the host is the slow one"],
 )
-@pytest.mark.parametrize("pauses", [{}, {10: 1000.0}, {12: 1000.0}, {10: 9.0, 11: 9.0, 12: 9.0}])
+@pytest.mark.parametrize(
+    "pauses",
+    [{}, {10: [1000.0]}, {12: [1000.0]}, {10: [9.0], 11: [9.0], 12: [9.0]}, {10: [50.0, 9.0]}],
+)
 def test_speed_is_that_of_training_alone(step_seconds, dispatch_seconds, pauses, monkeypatch):
     device = Device(monkeypatch, step_seconds, dispatch_seconds)
     rows = run_loop(device, make_meter(), 30, pauses=pauses)
@@ -301,6 +298,7 @@ def test_a_row_holds_the_numbers_of_its_own_window(monkeypatch):
     assert row.pop("seconds") == pytest.approx(3.0)
     assert row.pop("mfu") == pytest.approx(speed * 3.0 / 60.0)
     assert speed == pytest.approx(20 / 2.5)  # the second step: queued 0.5 s, then 2 s
+    assert row.pop("process_peak_memory_bytes") > 2**26
     assert row == {
         "step": 2,
         "epoch": 0.25,
@@ -308,6 +306,7 @@ def test_a_row_holds_the_numbers_of_its_own_window(monkeypatch):
         "train_loss": 2.0,  # over tokens: not the mean of the steps' 4 and 1
         "learning_rate": 6e-4,
         "grad_norm": 2.5,  # the last step's
+        "bad_steps": 0,
     }
     assert meter.flush() is None
 
@@ -344,16 +343,44 @@ def test_a_meter_takes_the_arrays_of_a_real_device():
 
 @pytest.mark.parametrize("name", ["loss_sum", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_number_that_is_not_finite_stops_the_run_and_names_its_step(name, value, monkeypatch):
+def test_a_step_that_is_not_finite_is_counted_and_left_out_of_the_mean(name, value, monkeypatch):
     device = Device(monkeypatch, 2.0, 0.1)
     meter = make_meter()
-    meter.add(1, device.step())
+    meter.add(1, device.step(loss_sum=40.0, grad_norm=1.5))
     meter.add(2, device.step(**{name: value}))
-    with pytest.raises(NumericsError, match=rf"^step 2: .* {value}.*\n  in another"):
-        meter.snapshot()
     meter.close_window(2, 0.1, 0.5)
-    with pytest.raises(NumericsError, match=r"^step 2: "):
-        meter.flush()
+    row = json.loads(json.dumps(meter.flush(), allow_nan=False))
+    assert (row["train_loss"], row["grad_norm"], row["bad_steps"]) == (4.0, 1.5, 1)
+    assert row["tokens"] == 20  # its rows are used up
+    assert meter.notes() == ["a step's loss or gradient was not finite: left out (1 so far)"]
+    assert meter.notes() == []
+    for n in (3, 4):
+        meter.add(n, device.step(**{name: value}))
+    meter.close_window(4, 0.1, 0.5)
+    row = meter.flush()
+    assert (row["train_loss"], row["grad_norm"], row["bad_steps"]) == (None, None, 3)
+    assert meter.notes() == ["2 steps' loss or gradient was not finite: left out (3 so far)"]
+
+
+@pytest.mark.parametrize("sessions", [(), (3,), (2, 4)], ids=str)
+def test_too_many_bad_steps_in_a_row_end_the_run_also_across_sessions(sessions, monkeypatch):
+    """Steps 2, 4, 5 and 6 are bad, at most two in a row are allowed."""
+    device = Device(monkeypatch, 2.0, 0.1)
+    meter = make_meter(max_bad_steps=2)
+    for n in range(1, 6):
+        meter.add(n, device.step(loss_sum=math.nan if n in (2, 4, 5) else 30.0))
+        if n == 3:
+            meter.close_window(3, 0.1, 0.5)
+        if n in sessions:
+            meter.flush()
+            meter.tokens_now()  # to look twice is not to count twice
+            snapshot = json.loads(json.dumps(meter.snapshot(), allow_nan=False))
+            meter = make_meter(max_bad_steps=2, **snapshot)
+    meter.flush()
+    assert meter.snapshot()["bad_steps"] == 3
+    meter.add(6, device.step(grad_norm=math.inf))
+    with pytest.raises(NumericsError, match=r"^step 6: for 3 steps in a row .*\n  in another"):
+        meter.snapshot()
 
 
 # ---------------------------------------------------------------- on the terminal
@@ -372,6 +399,7 @@ def test_away_from_a_terminal_progress_is_a_line_a_log_point(clock, capsys):
     clock.now += 50.0
     progress.show(300, 3.14159, 12345.6)
     progress.show(1000, 2.0, None)
+    progress.show(1000, None, None)
     progress.say("step 300: validation loss 3.2")
     progress.close()
     out, err = capsys.readouterr()
@@ -379,6 +407,7 @@ def test_away_from_a_terminal_progress_is_a_line_a_log_point(clock, capsys):
     assert err.splitlines() == [
         "step 300/1000  loss 3.1416  12,346 tok/s  5:54 left",  # 99 steps in 50 s; 700 to go
         "step 1000/1000  loss 2.0000  0:00 left",
+        "step 1000/1000  loss nan  0:00 left",
         "step 300: validation loss 3.2",
     ]
 
@@ -395,7 +424,19 @@ def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
     bar = err.split("\r")[-1]
     assert " 50% |" in bar
     assert "step 5/10" in bar
-    assert "loss 3.142  100 tok/s" in bar
+    assert "loss 3.1416  100 tok/s" in bar
+
+
+def test_the_bar_s_time_left_leaves_the_compilation_out(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress(total_steps=10, first_step=0)
+    clock.now += 600.0
+    progress.advance()
+    clock.now += 2.0
+    progress.advance()
+    progress.show(2, 3.0, 50.0)
+    progress.close()
+    assert "loss 3.0000  50 tok/s  0:16 left" in capsys.readouterr().err.split("\r")[-1]
 
 
 @pytest.mark.parametrize(
@@ -405,56 +446,6 @@ def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
 )  # fmt: skip
 def test_clock(seconds, text):
     assert metrics.clock(seconds) == text
-
-
-# ---------------------------------------------------------------- loss.png
-
-
-def train_row(step, **more):
-    loss = 5.0 / step
-    return {"step": step, "tokens": 100 * step, "train_loss": loss, "learning_rate": 0.1} | more
-
-
-ROWS = [
-    train_row(1),
-    train_row(2, validation_loss=2.75),
-    {"step": 3, "tokens": 300, "validation_loss": 2.25},
-    train_row(4),
-]
-
-
-@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], [], ROWS[2:3]])
-def test_the_curves_are_a_picture_whatever_rows_there_are(rows, tmp_path):
-    plot_losses(rows, tmp_path / "loss.png")
-    height, width, _ = matplotlib.image.imread(tmp_path / "loss.png").shape
-    assert (height, width) == (550, 880)
-    assert os.listdir(tmp_path) == ["loss.png"]
-
-
-def test_the_curves_show_every_loss_over_tokens(tmp_path, monkeypatch):
-    drawn = {}
-
-    def keep(figure, path, **options):
-        nonlocal drawn
-        path.touch()
-        losses, rates = figure.axes
-        drawn = {line.get_label(): line.get_xydata().tolist() for line in losses.lines}
-        drawn["rates"] = rates.lines[0].get_xydata().tolist()
-        drawn["noted"] = [text.get_text() for text in losses.texts]
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    plot_losses(ROWS, tmp_path / "loss.png")
-    assert drawn == {
-        "train": [[100, 5.0], [200, 2.5], [400, 1.25]],
-        "validation": [[200, 2.75], [300, 2.25]],
-        "rates": [[100, 0.1], [200, 0.1], [400, 0.1]],
-        "noted": ["2.250"],
-    }
-
-
-def test_curves_that_cannot_be_written_are_a_storage_error(tmp_path):
-    with pytest.raises(StorageError, match=r"cannot write .*loss\.png: No such file"):
-        plot_losses(ROWS, tmp_path / "missing" / "loss.png")
 
 
 def test_a_snapshot_stays_as_it_was_while_training_goes_on():

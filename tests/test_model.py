@@ -361,17 +361,30 @@ def test_hidden_states_and_attentions_are_pytorchs(tiny_config):
 
 
 @pytest.mark.parametrize("changes", [{}, {"add_cross_attention": True}], ids=["self", "cross"])
-def test_gradient_checkpointing_changes_memory_only(tiny_config, changes):
+@pytest.mark.parametrize(
+    ("kind", "share", "attn_pdrop"),
+    [
+        ("gradient_checkpointing", 0.6, 0.0),
+        ("attention_checkpointing", 0.7, 0.0),
+        ("attention_checkpointing", 0.7, 0.3),
+    ],
+)
+def test_checkpointing_changes_memory_only(tiny_config, changes, kind, share, attn_pdrop):
     """Gradients, dropout included; the memory of 124M is measured in docs/benchmarks.md."""
     config = tiny_config(
-        resid_pdrop=0.3, attn_pdrop=0.0, embd_pdrop=0.0, n_layer=3, n_positions=64, **changes
+        resid_pdrop=0.3,
+        attn_pdrop=attn_pdrop,
+        embd_pdrop=0.0,
+        n_layer=3,
+        n_positions=64,
+        **changes,
     )
     params = torch_twin(config)[1]
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 31, (B, 64)))
     states = encoder_states(config)[0] if changes else None
 
-    def gradient(gradient_checkpointing):
-        module = FlaxGPT2LMHeadModule(config, gradient_checkpointing=gradient_checkpointing)
+    def gradient(checkpointing):
+        module = FlaxGPT2LMHeadModule(config, **{kind: checkpointing})
 
         def loss(params):
             logits = module.apply(
@@ -387,7 +400,7 @@ def test_gradient_checkpointing_changes_memory_only(tiny_config, changes):
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
     assert largest > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, again)
-    assert little < 0.6 * much
+    assert little < share * much
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

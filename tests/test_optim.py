@@ -1,6 +1,7 @@
 """The learning rate of every update, what decays, what is clipped, and the update rules."""
 
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,16 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_flax import optim
+from gpt2_flax.config import TYPES
 from gpt2_flax.pretrained import param_shapes
 
 PEAK, FLOOR = 1e-3, 1e-4
-KINDS = ("constant", "linear", "cosine")
+KINDS = ("constant", "linear", "cosine", "wsd")
+OPTIMIZERS = typing.get_args(TYPES["optimizer"])
 
 
-def rates(kind, warmup, total, floor=FLOOR):
-    schedule = optim.make_schedule(kind, PEAK, floor, warmup, total)
+def rates(kind, warmup, total, floor=FLOOR, decay=2):
+    schedule = optim.make_schedule(kind, PEAK, floor, warmup, total, decay)
     return np.array([schedule(n) for n in range(total + 1)], np.float64)
 
 
@@ -43,10 +46,11 @@ def make_optimizer(name="adamw", rate=0.1, weight_decay=0.0, grad_clip=0.0, **op
             ((PEAK + FLOOR) / 2, FLOOR),
             FLOOR + (PEAK - FLOOR) * (1 + math.cos(math.pi * 89 / 90)) / 2,
         ),
+        ("wsd", (PEAK, FLOOR), FLOOR + (PEAK - FLOOR) / 20),
     ],
 )
 def test_rates_at_named_updates(kind, fall, near_end):
-    got = rates(kind, warmup=10, total=100)
+    got = rates(kind, warmup=10, total=100, decay=20)
     by_hand = {
         0: PEAK / 10,  # the first update learns something
         4: PEAK / 2,
@@ -70,6 +74,39 @@ def test_rates_at_named_updates(kind, fall, near_end):
 )
 def test_without_warmup_the_schedule_is_optax_s_own(kind, oracle):
     np.testing.assert_allclose(rates(kind, 0, 40), [oracle(n) for n in range(41)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 8])
+def test_wsd_is_optax_s_rise_plateau_and_fall_joined(warmup):
+    oracle = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, PEAK, warmup),
+            optax.constant_schedule(PEAK),
+            optax.linear_schedule(PEAK, FLOOR, 10),
+        ],
+        [warmup, 30],
+    )
+    expected = [oracle(n + 1 if n < warmup else n) for n in range(41)]
+    np.testing.assert_allclose(rates("wsd", warmup, 40, decay=10), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"),
+    [
+        ("constant", optax.constant_schedule(PEAK)),
+        ("linear", optax.linear_schedule(PEAK, FLOOR, 32)),
+        ("cosine", optax.cosine_decay_schedule(PEAK, 32, alpha=FLOOR / PEAK)),
+    ],
+)
+def test_after_the_warmup_it_is_optax_s_own_at_every_step(kind, after):
+    expected = [PEAK * (n + 1) / 8 for n in range(8)] + [after(n) for n in range(33)]
+    np.testing.assert_allclose(rates(kind, 8, 40), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(5, 100), (7, 3), (3, 4)])
+def test_a_fall_longer_than_what_the_warmup_leaves_is_cut_to_it(warmup, decay):
+    got = rates("wsd", warmup, 7, decay=decay)
+    np.testing.assert_allclose(got, rates("linear", warmup, 7), rtol=1e-6)
 
 
 def test_with_warmup_it_is_optax_s_shifted_off_the_rate_of_zero():
@@ -112,7 +149,7 @@ def test_an_unknown_schedule_is_our_own_bug():
     ],
 )
 def test_warmup_is_a_share_below_1_and_a_count_from_1_on(setting, total, steps):
-    assert optim.count_warmup(setting, total) == steps
+    assert optim.count_part(setting, total) == steps
 
 
 def test_update_n_has_rate_n():
@@ -120,7 +157,7 @@ def test_update_n_has_rate_n():
     params = {"w": jnp.zeros(())}
     state = optimizer.init(params)
     for n in range(3):
-        updates, state = optimizer.update({"w": jnp.ones(())}, state, params)
+        updates, state = optimizer.update({"w": jnp.ones(())}, state, params, step=n)
         assert float(updates["w"]) == pytest.approx(-(10.0**-n))
 
 
@@ -157,6 +194,25 @@ def test_matrices_decay_and_nothing_else(tied, tiny_config):
     assert optim.decay_mask(param_shapes(config)) == expected_mask(config)
 
 
+def test_what_decays_is_said(tiny_config):
+    shapes = param_shapes(tiny_config(n_layer=1))
+    flat = flatten_dict(shapes).items()
+    chosen = flatten_dict(expected_mask(tiny_config(n_layer=1)))
+    decaying = [leaf.size for path, leaf in flat if chosen[path]]
+    still = [leaf.size for path, leaf in flat if not chosen[path]]
+    assert optim.describe_decay(shapes, 0.1) == (
+        f"weight decay: 0.1 on 6 tensors ({sum(decaying):,} parameters),"
+        f" none on {len(still)} tensors ({sum(still):,} parameters)"
+    )
+    everything = sum(decaying) + sum(still)
+    assert optim.describe_decay(shapes, 0.0) == (
+        f"weight decay: none on {6 + len(still)} tensors ({everything:,} parameters)"
+    )
+    assert optim.describe_decay({"w": jnp.zeros((2, 3))}, 0.5) == (
+        "weight decay: 0.5 on 1 tensor (6 parameters)"
+    )
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tied, tiny_config):
     dimensions = optim.muon_dimensions(param_shapes(tiny_config(tie_word_embeddings=tied)))
@@ -167,13 +223,13 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tied, tiny_confi
         assert chosen == expected, path
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decay_is_decoupled_from_the_gradient(name, tiny_config):
     config = tiny_config(n_layer=1)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 2.0), param_shapes(config))
     optimizer = make_optimizer(name, rate=0.1, weight_decay=0.3)
     still = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(optimizer.update)(still, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(still, optimizer.init(params), params, step=0)
     decays = flatten_dict(expected_mask(config))
     for path, update in flatten_dict(updates).items():
         expected = -0.1 * 0.3 * 2.0 if decays[path] else 0.0
@@ -189,7 +245,7 @@ def test_decay_is_decoupled_from_the_gradient(name, tiny_config):
 def test_the_gradient_is_clipped_to_its_global_norm(clip, factor):
     grads = {"a": jnp.array([[3.0, 0.0], [0.0, 4.0]]), "b": jnp.array([12.0])}  # norm 13
     optimizer = make_optimizer("sgd", rate=1.0, grad_clip=clip, beta1=0.0)
-    updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    updates, _ = optimizer.update(grads, optimizer.init(grads), grads, step=0)
     for name, grad in grads.items():
         np.testing.assert_allclose(updates[name], -factor * grad, rtol=1e-6)
 
@@ -197,7 +253,8 @@ def test_the_gradient_is_clipped_to_its_global_norm(clip, factor):
 def test_decay_is_not_clipped():
     params = {"w": jnp.full((1, 1), 100.0)}
     optimizer = make_optimizer("sgd", rate=1.0, weight_decay=0.5, grad_clip=1.0)
-    updates, _ = optimizer.update({"w": jnp.zeros((1, 1))}, optimizer.init(params), params)
+    still = {"w": jnp.zeros((1, 1))}
+    updates, _ = optimizer.update(still, optimizer.init(params), params, step=0)
     assert float(updates["w"][0, 0]) == -50.0
 
 
@@ -260,7 +317,7 @@ def test_updates_follow_the_published_rule(name, leaf, rule):
     for n in (1, 2, 3):
         grad = rng.normal(size=w.shape)
         updates, opt_state = optimizer.update(
-            {"a": {leaf: jnp.asarray(grad, jnp.float32)}}, opt_state, params
+            {"a": {leaf: jnp.asarray(grad, jnp.float32)}}, opt_state, params, step=n
         )
         params = optax.apply_updates(params, updates)
         direction, state = rule(grad, state, n)
@@ -268,8 +325,26 @@ def test_updates_follow_the_published_rule(name, leaf, rule):
         np.testing.assert_allclose(params["a"][leaf], w, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(128, 130), (5, 200), (7,)], ids=str)
+def test_adafactor_is_optax_s(shape):
+    """Factored from 128 rows and columns on."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    ours = make_optimizer("adafactor", rate=0.05)
+    theirs = optax.adafactor(0.05, multiply_by_parameter_scale=False)
+    state, oracle_state = ours.init(params), theirs.init(params)
+    sizes = {leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 1}
+    assert sizes == ({128, 130} if shape == (128, 130) else {math.prod(shape)})
+    for n in range(3):
+        grads = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+        got, state = ours.update(grads, state, params, step=n)
+        expected, oracle_state = theirs.update(grads, oracle_state, params)
+        np.testing.assert_allclose(got["w"], expected["w"], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("name", "rate"), [("adamw", 0.1), ("lion", 0.05), ("sgd", 0.02), ("muon", 0.2)]
+    ("name", "rate"),
+    [("adamw", 0.1), ("lion", 0.05), ("sgd", 0.02), ("muon", 0.2), ("adafactor", 0.1)],
 )
 def test_every_optimizer_goes_down_a_quadratic(name, rate, tiny_config):
     shapes = flatten_dict(param_shapes(tiny_config(n_layer=1)))
@@ -288,7 +363,7 @@ def test_every_optimizer_goes_down_a_quadratic(name, rate, tiny_config):
 
     @jax.jit
     def update(params, opt_state):
-        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params, step=0)
         return optax.apply_updates(params, updates), opt_state
 
     opt_state, first = optimizer.init(params), float(loss(params))

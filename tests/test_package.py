@@ -12,6 +12,10 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("gpt2_flax/**/*.py"), *ROOT.glob("scripts/*.py")])
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "torch"}
+# The one file that trains PyTorch's model beside ours, and imports it when it does.
+MAY_IMPORT_PYTORCH = {"gpt2_flax/parity.py"}
+# Needs lm_eval, an optional extra: tests/test_lm_eval_adapter.py imports it where that is there.
+NEEDS_AN_EXTRA = {"gpt2_flax.lm_eval_adapter"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {
     *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"),
@@ -48,7 +52,10 @@ def forbidden_things(source):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_code_comes_from_data(path):
-    assert list(forbidden_things(path.read_text("utf-8"))) == []
+    found = list(forbidden_things(path.read_text("utf-8")))
+    if str(path.relative_to(ROOT)) in MAY_IMPORT_PYTORCH:
+        found = [thing for thing in found if not thing.endswith(": import of torch")]
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -106,6 +113,7 @@ def test_every_module_imports_without_pytorch_and_leaves_slow_libraries_for_late
         for path in SOURCES
         if path.is_relative_to(ROOT / "gpt2_flax") and path.name != "__init__.py"
     ]
+    names = [name for name in names if name not in NEEDS_AN_EXTRA]
     # None makes it look not installed: where it is, transformers imports it for GPT2Config.
     modules = imported_with(
         f"import sys\nsys.modules['torch'] = None\nimport {', '.join(names)}\n"
@@ -120,3 +128,8 @@ def test_requirements_are_the_project_s_dependencies():
     lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
     required = [line for line in (re.sub(r"#.*", "", line).strip() for line in lines) if line]
     assert required == project["dependencies"]
+    extras = dict(project["optional-dependencies"])
+    del extras["lm_eval"]  # large; its test is skipped where it is not installed
+    extras = [name for names in extras.values() for name in names]
+    dev = (ROOT / "requirements-dev.txt").read_text("utf-8")
+    assert all(re.search(rf"^{name}>=", dev, re.M) for name in extras)

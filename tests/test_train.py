@@ -1,6 +1,8 @@
 """Runs from text to model, in this process: what they leave, and how they go on."""
 
 import json
+import math
+import re
 import shutil
 import signal
 
@@ -14,8 +16,9 @@ import torch
 import transformers
 import yaml
 
-from gpt2_flax import FlaxGPT2LMHeadModel, checkpoint, convert, metrics
+from gpt2_flax import FlaxGPT2LMHeadModel, checkpoint, convert, memory, metrics, optim, parallel
 from gpt2_flax.config import load_config
+from gpt2_flax.data.batches import StoredRows
 from gpt2_flax.errors import CheckpointError, NumericsError, UserError
 from gpt2_flax.train import locked, train
 
@@ -83,7 +86,7 @@ def assert_same_run(a, b):
     for x, y in zip(jax.tree.leaves(state_a), jax.tree.leaves(state_b), strict=True):
         np.testing.assert_array_equal(x, y)
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    timed = ("tokens_per_second", "seconds", "mfu")
+    timed = ("tokens_per_second", "seconds", "mfu", "process_peak_memory_bytes")
     rows_a, rows_b = (
         [{k: v for k, v in row.items() if k not in timed} for row in metrics.read_log(path)]
         for path in (a / "metrics.jsonl", b / "metrics.jsonl")
@@ -105,7 +108,7 @@ def test_a_run_leaves_what_its_contract_says(finished):
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
     training = {
         "step", "epoch", "tokens", "train_loss", "learning_rate", "grad_norm",
-        "tokens_per_second", "mfu", "seconds",
+        "tokens_per_second", "mfu", "seconds", "bad_steps", "process_peak_memory_bytes",
     }  # fmt: skip
     assert rows[0].keys() == training
     assert rows[1].keys() == training | {"validation_loss", "perplexity"}
@@ -333,11 +336,174 @@ def test_a_directory_of_somebody_elses_is_left_alone(run, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_unsaved(run, tmp_path):
-    with pytest.raises(NumericsError, match=r"step \d+: the loss is (nan|inf)"):
-        run(tmp_path, "--learning_rate", "1e38", "--grad_clip", "0", "--warmup_steps", "0")
-    steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
-    assert all(step < 3 for step in steps)
+def poison(monkeypatch, steps):
+    """Let these steps of training have an id that is none: their loss is not a number."""
+    batches_of = StoredRows.batches
+
+    def with_poison(self, cursor, size, limit, slots):
+        for taken in batches_of(self, cursor, size, limit, slots):
+            if -(-taken.cursor["rows"] // size) in steps:
+                taken.batch.ids_BxS[0, 0] = 9999
+            yield taken
+
+    monkeypatch.setattr(StoredRows, "batches", with_poison)
+
+
+@pytest.mark.parametrize("flags", [(), ("--parallel", "jit", "--grad_accum", "2")], ids=str)
+def test_bad_steps_are_left_out_and_the_run_goes_on_bitwise(run, tmp_path, monkeypatch, flags):
+    """Stopped among bad steps: the count of those in a row is the whole run's, too."""
+    flags = (*flags, "--max_bad_steps", "3", "--save_every", "0", "--optimizer", "adafactor")
+    poison(monkeypatch, {4, 6, 7, 8})
+    assert run(tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert run(tmp_path / "parts", *flags) == 143
+    assert checkpoint.read_meta(tmp_path / "parts" / "checkpoints" / "7")["bad_in_a_row"] == 2
+    assert run(tmp_path / "parts", *flags) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    rows = metrics.read_log(tmp_path / "whole" / "metrics.jsonl")
+    assert [row["bad_steps"] for row in rows] == [0, 2, 4, 4]
+    assert rows[-1]["tokens"] == 12 * 8 * 16 * (2 if "jit" in flags else 1)
+
+
+def test_a_run_of_bad_steps_ends_with_a_finite_checkpoint(run, tmp_path, monkeypatch):
+    poison(monkeypatch, range(5, 99))
+    with pytest.raises(NumericsError, match=r"^step 8: for 4 steps in a row the loss or"):
+        run(tmp_path, "--max_bad_steps", "3", "--log_every", "1")
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == [3, 6]
+    state, _ = learned(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_parameters_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(optim, "make_schedule", lambda *settings: lambda n: math.inf)
+    with pytest.raises(NumericsError, match=r"^step 3: parameters or optimizer are not finite"):
+        run(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+# ---------------------------------------------------------------- lengths
+
+
+def rates_of(path):
+    return [row["learning_rate"] for row in metrics.read_log(path / "metrics.jsonl")]
+
+
+def test_lengths_may_be_words(run, finished, tmp_path):
+    """128 tokens a step: the run of 12 steps, said otherwise, is the same run."""
+    flags = ("--max_steps", "1.5k tokens", "--log_every", "384 tokens", "--eval_every")
+    assert run(tmp_path, *flags, "768 tokens", "--save_every", "0.02 epochs") == 0
+    assert_same_run(tmp_path, finished)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"9", "12"}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("length", [("--max_steps", "0.1 epochs"), ("--epochs", "0.1")], ids=str)
+def test_the_learning_rate_ends_with_the_last_step(run, text, tmp_path, length, accumulated):
+    """Also of a fraction of an epoch, whose last step is short, and with accumulation."""
+    flags = ("--max_steps", "0", *length, "--lr_schedule", "linear", "--warmup_steps", "2")
+    flags += ("--grad_accum", str(accumulated), "--log_every", "1", "--validation_share", "0")
+    assert run(tmp_path, *flags) == 0
+    n_steps = -(-round(0.1 * (text.stat().st_size // 16)) // (8 * accumulated))
+    expected = [5e-3, 1e-2, *np.linspace(1e-2, 0, n_steps - 1)[:-1]]
+    np.testing.assert_allclose(rates_of(tmp_path), expected, rtol=1e-5)
+
+
+def test_a_length_in_time_is_measured_once_and_resumed_bitwise(run, tmp_path, monkeypatch, capsys):
+    flags = ("--max_steps", "12 minutes", "--warmup_steps", "256 tokens", "--lr_schedule", "wsd")
+    flags += ("--decay_steps", "512 tokens")
+    monkeypatch.setattr("gpt2_flax.train.measure_step", lambda *run: 59.0)
+    assert run(tmp_path / "whole", *flags) == 0
+    rows = metrics.read_log(tmp_path / "whole" / "metrics.jsonl")
+    assert rows[-1]["step"] == 12
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert run(tmp_path / "parts", *flags) == 143
+    monkeypatch.setattr("gpt2_flax.train.measure_step", None)
+    assert run(tmp_path / "parts", *flags) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert run(tmp_path / "parts", *flags, "--max_steps", "15 minutes") == 0
+    assert metrics.read_log(tmp_path / "parts" / "metrics.jsonl")[-1]["step"] == 15
+
+
+def test_a_time_is_as_many_steps_as_are_measured(run, tmp_path, capsys):
+    assert run(tmp_path, "--max_steps", "0.2 seconds", "--eval_every", "0.01 seconds") == 0
+    measured, n_steps = re.search(
+        r"a step takes (\S+) s: .* are (\d+) steps", capsys.readouterr().err
+    ).groups()
+    assert abs(float(measured) * int(n_steps) - 0.2) < 2 * float(measured)
+    assert metrics.read_log(tmp_path / "metrics.jsonl")[-1]["step"] == max(1, int(n_steps))
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_batch_size_auto_is_the_largest_that_fits(run, tmp_path, monkeypatch, capsys):
+    seen = []
+    fits = memory.largest_batch
+
+    def noting(bytes_of, limit, allowed):
+        chosen = fits(bytes_of, limit, allowed)
+        seen.append((chosen, limit, bytes_of(chosen), bytes_of(2 * chosen)))
+        return chosen
+
+    monkeypatch.setattr(memory, "largest_batch", noting)
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1_000_000)
+    flags = ("--batch_size", "auto", "--max_steps", "3")
+    assert run(tmp_path, *flags) == 0
+    ((chosen, limit, fitting, too_large),) = seen
+    assert limit == 900_000
+    assert fitting <= limit < too_large
+    assert chosen > 1
+    assert f"batch_size auto: {chosen} rows a device; a step takes" in capsys.readouterr().err
+    assert checkpoint.read_meta(tmp_path / "checkpoints" / "3")["global_batch"] == 8 * chosen
+    # With less memory the steps keep their rows, by accumulation.
+    monkeypatch.setattr(memory, "device_bytes", lambda: 500_000)
+    assert run(tmp_path, *flags, "--max_steps", "6") == 0
+    assert seen[-1][0] < chosen
+    assert f"have {8 * chosen} rows and keep them" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"of 1 row a device takes .*\n  use --remat block"):
+        monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
+        run(tmp_path / "none", *flags)
+
+
+@pytest.mark.parametrize("when", ["compile_train_step", "put_batch"])
+def test_running_out_of_memory_ends_with_the_sizes_and_remedies(run, tmp_path, monkeypatch, when):
+    def exhausted(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    if when == "compile_train_step":
+        monkeypatch.setattr(parallel, when, lambda step, engine: exhausted)
+    else:
+        monkeypatch.setattr(parallel, when, exhausted)
+    with pytest.raises(UserError) as caught:
+        run(tmp_path)
+    assert re.fullmatch(
+        r"out of memory: 1 rows of 16 tokens at a time, beside 0.00 GB of parameters and"
+        r" optimizer, on a cpu that has \d+\.\d\d GB\n  use a smaller --batch_size .*, or"
+        r" --remat block, or --dtype bfloat16 in a new run",
+        str(caught.value),
+    )
+    assert caught.value.exit_code == 2
+
+
+def test_another_error_of_xla_is_not_called_a_lack_of_memory():
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        memory.out_of_memory(str, ""),
+    ):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+
+@pytest.mark.parametrize("remat", ["block", "attention"])
+def test_what_is_computed_again_changes_no_run(run, finished, tmp_path, remat):
+    assert run(tmp_path, "--remat", remat) == 0
+    losses = [
+        [row["train_loss"] for row in metrics.read_log(path / "metrics.jsonl")]
+        for path in (finished, tmp_path)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
 
 
 def test_any_checkpoint_converts_for_pytorch(finished, tmp_path):

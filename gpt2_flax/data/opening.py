@@ -6,7 +6,7 @@ import pathlib
 
 from tokenizers import Tokenizer as Learned
 
-from gpt2_flax.config import TrainConfig
+from gpt2_flax.config import TrainConfig, counts_epochs
 from gpt2_flax.data import batches, files, sources, token_files, tokenizers
 from gpt2_flax.data.sources import digest
 from gpt2_flax.errors import UserError, say
@@ -72,10 +72,10 @@ def open_rows(config, tokenizer, train_source, held_out_source):
             train_source, tokenizer, config.add_eos, config.block_size, config.seed,
             config.shuffle, config.shuffle_window,
         )  # fmt: skip
-        if config.max_steps:
-            rows.require_one()
-        else:
+        if counts_epochs(config):
             about = rows.measure()
+        else:
+            rows.require_one()
     else:
         ids, about = ids_of(train_source, config.train_file, "train_file")
         if train_source is None and config.validation_share and not config.validation_file:

@@ -537,7 +537,11 @@ def open_sources(config: TrainConfig, folder: pathlib.Path):
 
 def open_files(config: TrainConfig, setting: str, folder: pathlib.Path) -> Files | None:
     """The source that train_file or validation_file names; None where it is ids."""
-    patterns = getattr(config, setting)
+    return open_patterns(getattr(config, setting), config, setting, folder)
+
+
+def open_patterns(patterns, config: TrainConfig, setting: str, folder) -> Files | None:
+    """As `open_files`. setting: what the patterns are called where they name no file."""
     text = Text(config.document_separator, config.encoding_errors)
     if files.STANDARD_INPUT in patterns:
         return Files([files.standard_input(folder)], text)

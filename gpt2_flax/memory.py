@@ -1,0 +1,82 @@
+"""Memory of devices: what a step takes, what there is, and what is said when it runs out."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from gpt2_flax.errors import UserError
+
+USABLE = 0.9  # of a device's memory; the rest is for what the compiler does not plan
+# Tokens at a time beyond which a device only takes longer: its units have enough to do.
+MOST_TOKENS = {"cpu": 2**13}
+
+
+def device_bytes() -> int:
+    """Memory that one device may use: its own, or on a CPU this process's share a device."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit or host_bytes() // jax.local_device_count()
+
+
+def host_bytes() -> int:
+    """Memory of this machine that is free, or all of it where the system doesn't say."""
+    try:
+        fields = dict(
+            line.split(":", 1) for line in pathlib.Path("/proc/meminfo").read_text().splitlines()
+        )
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # a container may have less
+        group = pathlib.Path("/sys/fs/cgroup")
+        allowed = int((group / "memory.max").read_text())
+        free = min(free, allowed - int((group / "memory.current").read_text()))
+    return max(0, free)
+
+
+def step_bytes(compiled) -> int:
+    """What a compiled step takes of one device: arguments, results and all in between."""
+    plan = compiled.memory_analysis()
+    return (
+        plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        + plan.temp_size_in_bytes
+        - plan.alias_size_in_bytes
+    )
+
+
+def largest_batch(bytes_of: Callable[[int], int], limit: int, allowed: list[int]) -> int:
+    """The largest of some batch sizes whose step fits; the smallest where none does.
+
+    bytes_of: rows -> bytes of the step, by compiling it. allowed: in rising order. A step's
+    bytes grow by much the same for each row, so that two sizes foretell the others.
+    """
+    if len(allowed) == 1:
+        return allowed[0]
+    small, next_one = bytes_of(allowed[0]), bytes_of(allowed[1])
+    a_row = max(1, (next_one - small) / (allowed[1] - allowed[0]))
+    fits = [n for n in allowed if small + a_row * (n - allowed[0]) <= limit]
+    best = fits[-1] if fits else allowed[0]
+    while best > allowed[0] and bytes_of(best) > limit:
+        best = max(n for n in allowed if n < best)
+    return best
+
+
+@contextlib.contextmanager
+def out_of_memory(describe: Callable[[], str], remedy: str):
+    """Turn XLA's running out of memory into a UserError. describe: the sizes, in a few words."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = str(error)
+        signs = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
+            raise
+        raise UserError(f"out of memory: {describe()}\n  {remedy}") from error
+
+
+def gigabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"
