@@ -70,9 +70,13 @@ def train(config: TrainConfig) -> int:
             cleanup.enter_context(locked(output_dir))
         continuing = check_output_dir(config, output_dir)
         reporters.check(config.report_to)
+        checkpoints, newest, newest_meta = None, 0, None
+        if continuing:
+            checkpoints = open_checkpoints(config, output_dir, cleanup)
+            newest, newest_meta = checkpoints.newest_meta()
         text = opening.open_text(config)
         tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
-        model_config, given_params = choose_model(config, tokenizer, output_dir, continuing)
+        model_config, given_params = choose_model(config, tokenizer, newest_meta)
         sampler = make_sampler(config, model_config, tokenizer)
         train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
 
@@ -83,11 +87,7 @@ def train(config: TrainConfig) -> int:
             check_still_new(output_dir)
         if not continuing:
             save_settings(config, tokenizer, output_dir)
-        checkpoints = checkpoint.Checkpoints(
-            output_dir, config.keep, functools.partial(why_of_another_run, config)
-        )
-        cleanup.callback(checkpoints.close)
-        newest, newest_meta = checkpoints.newest_meta()
+            checkpoints = open_checkpoints(config, output_dir, cleanup)
         run = build_run(config, model_config, train_rows, newest, newest_meta)
         trace = make_trace(config, output_dir, run.total_steps)
 
@@ -225,8 +225,25 @@ def show_data(config: TrainConfig) -> int:
     return 0
 
 
-def choose_model(config: TrainConfig, tokenizer, output_dir, continuing):
-    """(GPT2Config, parameters to start from; None for random ones or a checkpoint's)."""
+def open_checkpoints(config, output_dir, cleanup) -> checkpoint.Checkpoints:
+    refuse = functools.partial(why_of_another_run, config)
+    checkpoints = checkpoint.Checkpoints(output_dir, config.keep, refuse)
+    cleanup.callback(checkpoints.close)
+    return checkpoints
+
+
+def why_of_another_run(config: TrainConfig, meta: dict) -> str | None:
+    """What in a checkpoint says that a run of other settings saved it; None for this run's."""
+    differing = differing_keys(config, meta["settings"])
+    listed = ", ".join(f"{name} {was!r}" for name, (was, _) in differing.items())
+    return f"it was saved by a run with {listed}" if differing else None
+
+
+def choose_model(config: TrainConfig, tokenizer, meta: dict | None):
+    """(GPT2Config, parameters to start from; None for random ones or a checkpoint's).
+
+    meta: of the checkpoint that the run goes on from, if there is one.
+    """
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     if not config.init_from:
         model_config = transformers.GPT2Config(
@@ -241,8 +258,9 @@ def choose_model(config: TrainConfig, tokenizer, output_dir, continuing):
         )
         return model_config, None
     # A run that goes on has its model in its checkpoints; the one it began from may be gone.
-    model_config, params = saved_config(output_dir) if continuing else None, None
-    if model_config is None:
+    if meta is not None:
+        model_config, params = make_config(meta["model"], "the checkpoint"), None
+    else:
         model, given = FlaxGPT2LMHeadModel.from_pretrained(config.init_from, _do_init=False)
         missing = model._missing_keys - {("lm_head", "kernel")}  # a base model has no head
         if missing:
@@ -268,16 +286,6 @@ def choose_vocab_size(config: TrainConfig, tokenizer) -> int:
             f" {tokenizer.vocab_size} tokens\n  raise --vocab_size, or leave it out"
         )
     return config.vocab_size or tokenizer.vocab_size
-
-
-def saved_config(output_dir: pathlib.Path) -> transformers.GPT2Config | None:
-    """The model's configuration in the newest checkpoint of a run, if there is one."""
-    try:
-        directory = checkpoint.locate(output_dir, None)
-        return make_config(checkpoint.read_meta(directory)["model"], str(directory))
-    except Exception as error:  # Orbax and TensorStore raise whatever they please
-        log.debug("no configuration in a checkpoint: %s", error)
-        return None
 
 
 def check_given_model(config: TrainConfig, model_config, tokenizer) -> None:
@@ -547,13 +555,6 @@ def blank_batch(n_rows: int, block_size: int) -> batches.Batch:
 
 
 # ---------------------------------------------------------------- restore
-
-
-def why_of_another_run(config: TrainConfig, meta: dict) -> str | None:
-    """What in a checkpoint says that a run of other settings saved it; None for this run's."""
-    differing = differing_keys(config, meta["settings"])
-    listed = ", ".join(f"{name} {was!r}" for name, (was, _) in differing.items())
-    return f"it was saved by a run with {listed}" if differing else None
 
 
 def restore(run, checkpoints, config, rows, tokenizer, given_params):

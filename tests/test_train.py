@@ -283,7 +283,7 @@ def test_more_epochs_extend_a_run_whose_last_step_was_short(run, tmp_path, flags
     assert log[-1]["epoch"] == 2 and log[-1]["step"] == len(sizes)
 
 
-def test_a_damaged_short_step_is_made_again(run, tmp_path, caplog):
+def test_a_damaged_short_step_is_made_again(run, tmp_path, capsys):
     """The steps left are counted from the checkpoint that the run goes on from."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {n} of {n * n}\n" for n in range(150)))
@@ -299,7 +299,7 @@ def test_a_damaged_short_step_is_made_again(run, tmp_path, caplog):
         for name in ("run", "at once")
     ]
     assert last[0] == last[1]
-    assert f"checkpoint {steps[-1]} cannot be read" in caplog.text
+    assert f"checkpoint {steps[-1]} is damaged (state/" in capsys.readouterr().err
 
 
 def test_a_stop_outlives_the_reader_of_its_words(run, tmp_path, monkeypatch):
