@@ -107,7 +107,9 @@ def test_with_no_readable_checkpoint_nothing_starts_afresh(store):
     shutil.rmtree(opened.folder / "1" / "state")
     again = store()
     for _ in range(2):  # the second start must not find an empty folder and begin afresh
-        with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole; of step 1: state/"):
+        with pytest.raises(
+            CheckpointError, match=r"no checkpoint in .* is whole; of step 1: state/"
+        ):
             again.restore_latest(like(make_state()))
 
 
