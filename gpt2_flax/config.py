@@ -256,6 +256,11 @@ def load_config(argv: list[str]) -> TrainConfig:
     if {"epochs", "max_steps"} & flags.keys():
         values = {n: value for n, value in values.items() if n not in ("epochs", "max_steps")}
     config = dataclasses.replace(TrainConfig(), **values | flags)
+    # So does any other flag that leaves a setting of the file without effect.
+    for name, other in conflicting(config, values.keys() - flags.keys(), doubtful):
+        if other.split()[0] in flags:
+            del values[name]
+    config = dataclasses.replace(TrainConfig(), **values | flags)
     faults += find_faults(config, set(values | flags), doubtful)
     if faults:
         raise UserError("\nerror: ".join(faults))
@@ -514,6 +519,13 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
     require_each(at_least_0, lambda value: 0 <= value < float("inf"), "0 or more")
     require_each(above_0, lambda value: 0 < value < float("inf"), "above 0")
     require_each(shares, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    counted = [name for name, kind in TYPES.items() if int in (kind, *typing.get_args(kind))]
+    require_each(
+        [*(name for name in counted if name != "seed"), "warmup_steps", "decay_steps"],
+        lambda value: value < 2**31,
+        "below 2**31",
+    )
+    require_each(("epochs",), lambda value: value <= 1e6, "at most 1000000")
     require_each(("pad_vocab_to_multiple_of",), lambda value: value <= 2**16, "at most 65536")
     require_each(("seed",), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 
@@ -564,6 +576,11 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
             f"tokenizer {plain(c.tokenizer)}: bpe:N needs N of at least 257"
             " (256 bytes and end-of-text)\n  for example --tokenizer bpe:8192",
         )
+    require(
+        {"sample_prompt"},
+        c.sample_prompt.isascii() or not re.search("[\ud800-\udfff]", c.sample_prompt),
+        "sample_prompt is not UTF-8 text\n  is the terminal set to UTF-8?",
+    )
     if c.profile:
         span = profiled_steps(c.profile)
         require(
@@ -597,7 +614,15 @@ def is_words(value) -> bool:
 
 
 def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str]:
-    """Settings that were given and could not take effect with the others."""
+    """The faults of settings that were given and could not take effect with the others."""
+    return [
+        f"{name} has no effect with {other}\n  leave one of the two out"
+        for name, other in conflicting(c, given, doubtful)
+    ]
+
+
+def conflicting(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[tuple[str, str]]:
+    """(setting that was given, setting and value with which it has no effect), of each such."""
     conflicts = [
         ({"dataset", "dataset_config", "dataset_split"}, bool(c.train_file), "train_file"),
         (
@@ -635,9 +660,14 @@ def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[
         ({"beta1"}, c.optimizer == "adafactor", "optimizer adafactor"),
         ({"beta2"}, c.optimizer in ("adafactor", "sgd"), f"optimizer {c.optimizer}"),
         ({"sample_prompt"}, c.sample_tokens == 0, "sample_tokens 0"),
+        (
+            {"eval_rows"},
+            c.validation_share == 0 and not c.validation_file,
+            "validation_share 0",
+        ),
     ]
     return [
-        f"{name} has no effect with {other}\n  leave one of the two out"
+        (name, other)
         for names, clash, other in conflicts
         if clash and other.split()[0] not in doubtful
         for name in sorted((names & given) - doubtful)

@@ -218,6 +218,8 @@ def evaluate(config: EvaluateConfig) -> dict:
 
     for path in filter(None, (config.json, config.items)):
         check_writable(path)
+    if config.json and config.json == config.items:
+        raise UserError(f"json and items are both {config.json}\n  name two files")
     model, params, tokenizer = load_model(config)
     text = None
     if wants_perplexity(config):
@@ -366,8 +368,10 @@ def score_text(scorer, config: EvaluateConfig, name: str, ids, counted) -> dict:
     stride = config.stride or context
     nll, n_tokens = timed(score_text, scorer, ids, context, stride)
 
-    def per(n: int) -> float:
-        return perplexity(nll / n) if n else math.inf
+    def per(n: int) -> float | None:
+        """None where it is no number that JSON could hold."""
+        value = perplexity(nll / n) if n else math.inf
+        return value if math.isfinite(value) else None
 
     result = {
         "text": name,
@@ -388,7 +392,7 @@ def score_text(scorer, config: EvaluateConfig, name: str, ids, counted) -> dict:
             "bytes_detokenized": counted.bytes_out,
             "perplexity_per_word": per(counted.words),
             "perplexity_per_word_and_line_end": per(counted.words + counted.lines),
-            "bits_per_byte": nll / math.log(2) / counted.bytes,
+            "bits_per_byte": nll / math.log(2) / counted.bytes if counted.bytes else None,
         }
     return result
 
@@ -417,8 +421,9 @@ def dump(result: dict) -> str:
 
 def check_writable(path: str) -> None:
     """Raise UserError for a file that could not be written once all is done."""
-    folder = pathlib.Path(path).expanduser().absolute().parent
-    if os.path.isdir(path) or not folder.is_dir() or not os.access(folder, os.W_OK):
+    file = pathlib.Path(path).expanduser().absolute()
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(
             f"cannot write {path}: it is a directory, or in none that can be written to\n"
             "  name a file in a directory that exists"

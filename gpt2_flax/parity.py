@@ -71,7 +71,9 @@ def run(settings: dict) -> dict:
         "losses": ours, "losses_torch": theirs,
     }  # fmt: skip
     with storage_errors(output_dir):
-        (output_dir / "parity.json").write_text(json.dumps(result, indent=1), "utf-8")
+        (output_dir / "parity.json").write_text(
+            json.dumps(finite_or_none(result), indent=1), "utf-8"
+        )
         plot(ours, theirs, output_dir / "parity.png")
     if not result["largest_gap"] <= LARGEST_GAP:
         raise NumericsError(
@@ -227,3 +229,12 @@ def plot(ours: list[float], theirs: list[float], path: pathlib.Path) -> None:
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, path)
+
+
+def finite_or_none(value):
+    """A result as JSON can hold it, which has no infinity and no NaN."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

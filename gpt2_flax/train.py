@@ -50,6 +50,7 @@ FOREIGN_FILES = (
     metrics.LOG_FILE, samples.SAMPLES_FILE, report.REPORT_FILE,
 )  # fmt: skip
 RATES_AT_ONCE = 4096
+MOST_STEPS = 2**31 - 1  # the state counts them in an int32
 log = logging.getLogger("gpt2_flax")
 
 
@@ -77,17 +78,22 @@ def train(config: TrainConfig) -> int:
         train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
 
         # -------------------------------------------------------- build
+        checkpoints, newest, newest_meta, run = None, 0, None, None
+        cleanup.enter_context(
+            memory.out_of_memory(lambda: describe_memory(run, config), remedy_for_memory(config))
+        )
+        if continuing:
+            checkpoints = open_checkpoints(config, output_dir, cleanup)
+            newest, newest_meta = checkpoints.newest_meta()
+        run = build_run(config, model_config, train_rows, newest, newest_meta)
+        trace = make_trace(config, output_dir, run.total_steps)
         if not holds_a_run:
             make_directory(output_dir)
             cleanup.enter_context(locked(output_dir))
             check_still_new(output_dir)
         if not continuing:
             save_settings(config, tokenizer, output_dir)
-        checkpoints = checkpoint.Checkpoints(output_dir, config.keep)
-        cleanup.callback(checkpoints.close)
-        newest, newest_meta = checkpoints.newest_meta()
-        run = build_run(config, model_config, train_rows, newest, newest_meta)
-        trace = make_trace(config, output_dir, run.total_steps)
+            checkpoints = open_checkpoints(config, output_dir, cleanup)
 
         # -------------------------------------------------------- restore
         state, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
@@ -114,11 +120,10 @@ def train(config: TrainConfig) -> int:
                 sample_log.put(n, text)
                 reporter.text(n, "sample", text)
 
-        with memory.out_of_memory(lambda: describe_memory(run, config), remedy_for_memory(config)):
-            state, stopped_by = loop(
-                run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger,
-                sample_now, trace,
-            )  # fmt: skip
+        state, stopped_by = loop(
+            run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger,
+            sample_now, trace,
+        )  # fmt: skip
         opening.warn_of_stream(train_rows)
         if stopped_by is not None:
             say(f"saved step {int(state.step)}; the same command goes on from there")
@@ -221,6 +226,12 @@ def show_data(config: TrainConfig) -> int:
     for line in show.lines(rows, held_out, about, config.add_eos, tokenizer, config.show_data):
         print(line)
     return 0
+
+
+def open_checkpoints(config, output_dir, cleanup) -> checkpoint.Checkpoints:
+    checkpoints = checkpoint.Checkpoints(output_dir, config.keep)
+    cleanup.callback(checkpoints.close)
+    return checkpoints
 
 
 def choose_model(config: TrainConfig, tokenizer, output_dir, continuing):
@@ -364,6 +375,11 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
     total_steps, row_limit = count_steps(
         config, rows, global_batch, first_step, meta, speed, in_steps
     )
+    if total_steps > MOST_STEPS:
+        raise UserError(
+            f"a run of {total_steps:,} steps is too long: {MOST_STEPS:,} can be counted\n"
+            "  lower --max_steps or --epochs"
+        )
     schedule, optimizer = make_optimizer(config, total_steps, in_steps)
     fixed = {"model": module, "optimizer": optimizer, "seed": config.seed}
     train_step = functools.partial(step.train_step, **fixed)
@@ -433,7 +449,7 @@ def make_optimizer(config, total_steps: int, in_steps):
 def make_interval(value, in_steps, at_most: int | None = None) -> durations.Interval:
     amount, unit = durations.split(value)
     if unit == "seconds":
-        return durations.Interval(seconds=amount)
+        return durations.Interval(seconds=amount or None)
     # Words that come to less than a step, unlike a 0, mean each step.
     n_steps = max(in_steps(value), 1 if amount else 0)
     return durations.Interval(min(n_steps, at_most) if at_most is not None else n_steps)
@@ -497,7 +513,9 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
         most = min(most, rows_an_epoch // (devices * accumulated))
     allowed = [2**n for n in range(31) if 2**n <= max(1, most)]
     if saved is not None:
-        allowed = [n for n in allowed if saved % (devices * n) == 0] or [1]
+        allowed = [n for n in allowed if saved % (devices * n) == 0]
+        if not allowed:
+            return 1  # these devices cannot make up the run's steps: that is said elsewhere
     make, update = trial(config, module)
     state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)))
     planned = {}
@@ -506,7 +524,7 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
         if n not in planned:
             micro_batches = saved // (devices * n) if saved else accumulated
             rows = jax.local_device_count() * micro_batches * n
-            batch = parallel.split_batch(blank_batch(rows, config.block_size), micro_batches)
+            batch = parallel.batch_shapes(blank_batch(rows, config.block_size), micro_batches)
             planned[n] = memory.step_bytes(update.lower(state, batch).compile())
         return planned[n]
 
@@ -573,7 +591,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
                     f"the {what} is not the one that the run in {config.output_dir} began with\n"
                     "  bring it back, or choose another --output_dir"
                 )
-        return step.TrainState(**state), meta
+        return step.TrainState(**state), meta | {"seconds_a_step": run.seconds_a_step}
     if config.resume == "require" or (config.init_from and given_params is None):
         raise CheckpointError(f"output_dir {config.output_dir} holds no checkpoint to resume from")
     meta = {
@@ -723,8 +741,10 @@ def loop(
                 if is_due(run.evaluating) and not stop.signal:
                     with contextlib.suppress(InterruptedEvaluationError):
                         validation_loss = evaluate_now()
+                    run.evaluating.done()
                 if is_due(run.saving) or stop.signal:
                     save_now(validation_loss)
+                    run.saving.done()
                 if trace.begins_at(n + 1) and not stop.signal:
                     report(meter.flush())
                     trace.start()
@@ -851,13 +871,16 @@ def describe_run(run, config, about_text, state, trace) -> None:
 
 
 def describe_memory(run, config) -> str:
-    """The sizes that matter where a step does not fit into a device."""
-    make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
-    state = jax.tree.leaves(jax.eval_shape(make, jax.random.key(0)))
-    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    """The sizes that matter where a step does not fit into a device. run: None if not built."""
+    rows, beside = config.batch_size, ""
+    if run is not None:
+        rows = run.eval_batch // jax.device_count()
+        make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
+        state = jax.tree.leaves(jax.eval_shape(make, jax.random.key(0)))
+        n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+        beside = f" beside {memory.gigabytes(n_bytes)} of parameters and optimizer,"
     return (
-        f"{run.eval_batch // jax.device_count()} rows of {config.block_size} tokens at a time,"
-        f" beside {memory.gigabytes(n_bytes)} of parameters and optimizer, on a"
+        f"{rows} rows of {config.block_size} tokens at a time,{beside} on a"
         f" {jax.devices()[0].device_kind} that has {memory.gigabytes(memory.device_bytes())}"
     )
 
