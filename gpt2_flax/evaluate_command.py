@@ -4,6 +4,7 @@ Settings and their faults need no JAX, as those of training.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -242,25 +243,37 @@ def evaluate(config: EvaluateConfig) -> dict:
     return result
 
 
-def load_model(config: EvaluateConfig):
-    """(model, tokenizer). Raises UserError where they are missing, not whole, or no pair."""
+@contextlib.contextmanager
+def only_errors(name: str):
+    """Keep a logger's warnings back for a while."""
     import logging
 
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def load_model(config: EvaluateConfig):
+    """(model, tokenizer). Raises UserError where they are missing, not whole, or no pair."""
     import jax.numpy as jnp
 
     from gpt2_flax import checkpoint
     from gpt2_flax.data.tokenizers import load_tokenizer, make_tokenizer
     from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 
-    # Its warnings are of weights that are missing, refused below, or become float32.
-    logging.getLogger("gpt2_flax").setLevel(logging.ERROR)
     where = pathlib.Path(config.model).expanduser()
     if config.step:
         where = checkpoint.locate(where, config.step)
     place = str(where) if where.exists() else config.model
-    model, params = FlaxGPT2LMHeadModel.from_pretrained(
-        place, dtype=jnp.dtype(config.dtype), _do_init=False
-    )
+    # Its warnings are of weights that are missing, refused below, or become float32.
+    with only_errors("gpt2_flax"):
+        model, params = FlaxGPT2LMHeadModel.from_pretrained(
+            place, dtype=jnp.dtype(config.dtype), _do_init=False
+        )
     if missing := model._missing_keys:
         raise UserError(
             f"the model in {config.model} lacks {len(missing)} weights, such as"
