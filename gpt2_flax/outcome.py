@@ -179,7 +179,11 @@ def on_what(config) -> str:
 def commands(outcome: Outcome) -> list[tuple[str, str]]:
     """(what for, command line), to be run from where the run was started."""
     where = shlex.quote(outcome.output_dir)
-    prompt = shlex.quote(f"--prompt={outcome.config.sample_prompt or 'Once'}")
+    words = outcome.config.sample_prompt or "Once"
+    # A word that begins like a flag is taken for one unless it is joined to its own.
+    prompt = shlex.quote(f"--prompt={words}")
+    if not words.startswith("-"):
+        prompt = f"--prompt {shlex.quote(words)}"
     step = outcome.checkpoints[0] if outcome.checkpoints else outcome.step
     beside = shlex.quote(f"{outcome.output_dir.rstrip('/')}_step_{step}")
     flax = shlex.quote(f"{outcome.output_dir.rstrip('/')}_flax")
