@@ -259,7 +259,7 @@ def load_config(argv: list[str]) -> TrainConfig:
     # So does any other flag that leaves a setting of the file without effect.
     for name, other in conflicting(config, values.keys() - flags.keys(), doubtful):
         if other.split()[0] in flags:
-            del values[name]
+            values.pop(name, None)  # it may conflict with two of them
     config = dataclasses.replace(TrainConfig(), **values | flags)
     faults += find_faults(config, set(values | flags), doubtful)
     if faults:

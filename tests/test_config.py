@@ -290,6 +290,10 @@ def test_a_flag_that_leaves_a_setting_of_the_file_without_effect_wins(write_yaml
     path = write_yaml("optimizer: adamw\nbeta1: 0.8\nbeta2: 0.9\nlr_schedule: wsd\ndecay_steps: 9")
     config = load_config(["--config", path, "--optimizer", "adafactor", "--lr_schedule", "linear"])
     assert config == TrainConfig(optimizer="adafactor", lr_schedule="linear", config=path)
+    path = write_yaml("streaming: true\nshuffle_window: 9")
+    flags = ["--streaming", "false", "--shuffle", "false"]  # each leaves it without effect
+    config = load_config(["--config", path, *flags])
+    assert config == TrainConfig(shuffle=False, config=path)
     # Two settings of the file, or two flags, that do not go together are still refused.
     assert "beta1 has no effect with optimizer" in only_fault_of(
         "--config", write_yaml("optimizer: adafactor\nbeta1: 0.8"), "--seed", "1"
