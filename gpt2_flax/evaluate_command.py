@@ -3,7 +3,6 @@
 Settings and their faults need no JAX, as those of training.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -15,16 +14,17 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2_flax.config import (
-    EMBEDDED_DATASET,
+from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig
+from gpt2_flax.errors import StorageError, UserError, say
+from gpt2_flax.settings import (
     ArgumentParser,
-    TrainConfig,
-    convert_value,
-    describe,
+    add_settings,
+    convert,
+    fields_of,
     setting,
     shown,
+    wide_help,
 )
-from gpt2_flax.errors import StorageError, UserError, say
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class EvaluateConfig:
 
 
 GROUPS = {"model": "model", "dataset": "perplexity", "lambada": "zero-shot", "json": "output"}
-FIELDS = {field.name: field for field in dataclasses.fields(EvaluateConfig)}
+FIELDS = fields_of(EvaluateConfig)
 TYPES = typing.get_type_hints(EvaluateConfig)
 OF_TEXT = ("dataset", "dataset_config", "dataset_split", "file", "text_column",
            "document_separator", "encoding_errors", "add_eos", "detokenizer", "context",
@@ -99,14 +99,9 @@ def load_config(argv: list[str]) -> EvaluateConfig:
     """The settings of a command line. Raises UserError that lists every fault found."""
     parser = build_parser()
     parsed, unknown = parser.parse_known_args(argv)
-    faults, values = parser.describe_unknown(unknown), {}
-    for name, value in vars(parsed).items():
-        try:
-            values[name] = convert_value(value, TYPES[name])
-        except ValueError:
-            faults.append(f"--{name}: expected {describe(TYPES[name])}, got {shown(value)}")
+    values, faults = convert(vars(parsed), EvaluateConfig, lambda name: f"--{name}")
     config = EvaluateConfig(**values)
-    faults += find_faults(config, set(values))
+    faults = [*parser.describe_unknown(unknown), *faults, *find_faults(config, set(values))]
     if faults:
         raise UserError("\nerror: ".join(faults))
     return config
@@ -117,28 +112,9 @@ def build_parser() -> ArgumentParser:
         prog="scripts/evaluate.py",
         description="Evaluate a model: perplexity of a text, LAMBADA, HellaSwag. One JSON object.",
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=96),
+        formatter_class=wide_help,
     )
-    group = parser
-    for name, field in FIELDS.items():
-        if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name])
-        kind, text = TYPES[name], field.metadata["help"]
-        if field.default not in ("", ()):
-            default = str(field.default).lower() if kind is bool else field.default
-            text += f" (default: {default})"
-        options = {"default": argparse.SUPPRESS, "help": text}
-        if name == "debug":  # `run_main` looks for the bare word
-            options |= {"action": "store_true"}
-        elif kind is bool:
-            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        elif typing.get_origin(kind) is Literal:
-            options |= {"metavar": "|".join(typing.get_args(kind))}
-        elif typing.get_origin(kind) is tuple:
-            options |= {"action": "extend", "nargs": "+", "metavar": "FILE"}
-        else:
-            options |= {"metavar": {int: "N", str: "TEXT"}[kind]}
-        group.add_argument(f"--{name}", required="required" in field.metadata, **options)
+    add_settings(parser, EvaluateConfig, GROUPS)
     return parser
 
 

@@ -19,7 +19,6 @@ from gpt2_flax.config import (
     COMMAND_ONLY,
     FIELDS,
     FREE_ON_RESUME,
-    MAX_YAML_BYTES,
     TYPES,
     TrainConfig,
     build_parser,
@@ -28,6 +27,7 @@ from gpt2_flax.config import (
     load_config,
 )
 from gpt2_flax.errors import UserError
+from gpt2_flax.settings import MAX_YAML_BYTES
 from gpt2_flax.train import make_interval
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
