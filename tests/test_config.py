@@ -27,8 +27,8 @@ from gpt2_flax.config import (
     load_config,
 )
 from gpt2_flax.errors import UserError
+from gpt2_flax.plan import make_interval
 from gpt2_flax.settings import MAX_YAML_BYTES
-from gpt2_flax.train import make_interval
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

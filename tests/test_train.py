@@ -413,14 +413,14 @@ def test_the_learning_rate_ends_with_the_last_step(run, text, tmp_path, length, 
 def test_a_length_in_time_is_measured_once_and_resumed_bitwise(run, tmp_path, monkeypatch, capsys):
     flags = ("--max_steps", "12 minutes", "--warmup_steps", "256 tokens", "--lr_schedule", "wsd")
     flags += ("--decay_steps", "512 tokens")
-    monkeypatch.setattr("gpt2_flax.train.measure_step", lambda *run: 59.0)
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", lambda *run: 59.0)
     assert run(tmp_path / "whole", *flags) == 0
     rows = metrics.read_log(tmp_path / "whole" / "metrics.jsonl")
     assert rows[-1]["step"] == 12
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
         assert run(tmp_path / "parts", *flags) == 143
-    monkeypatch.setattr("gpt2_flax.train.measure_step", None)
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", None)
     assert run(tmp_path / "parts", *flags) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert run(tmp_path / "parts", *flags, "--max_steps", "15 minutes") == 0
@@ -428,10 +428,10 @@ def test_a_length_in_time_is_measured_once_and_resumed_bitwise(run, tmp_path, mo
 
 
 def test_a_length_that_becomes_a_time_is_measured_once_too(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt2_flax.train.measure_step", lambda *run: 59.0)
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", lambda *run: 59.0)
     assert run(tmp_path, "--max_steps", "2") == 0
     assert run(tmp_path, "--max_steps", "4 minutes") == 0
-    monkeypatch.setattr("gpt2_flax.train.measure_step", None)
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", None)
     assert run(tmp_path, "--max_steps", "6 minutes") == 0
     assert checkpoint.read_meta(tmp_path / "checkpoints" / "6")["seconds_a_step"] == 59.0
 
