@@ -390,7 +390,8 @@ def timed(score, *arguments):
     """Call it, and say how long it took."""
     began = time.perf_counter()
     result = score(*arguments)
-    say(f"{score.__name__}: {time.perf_counter() - began:.1f} s")
+    what = score.__name__.removeprefix("score_")
+    say(f"{what}: {time.perf_counter() - began:.1f} s")
     return result
 
 
