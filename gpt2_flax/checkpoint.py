@@ -120,11 +120,27 @@ class Checkpoints:
         self.cleaner.join()
 
     def newest_meta(self) -> tuple[int, dict | None]:
-        """(step, meta item) of the newest checkpoint that is whole; 0, None where none is."""
+        """(step, meta item) of the newest checkpoint that is whole; 0, None without any.
+
+        Raises CheckpointError where there are some and none is whole.
+        """
+        damaged = {}
         for step in reversed(self.names()):
-            with contextlib.suppress(manifest.DamagedError):
+            try:
                 return step, self.verify(step)
+            except manifest.DamagedError as error:
+                damaged[step] = str(error)
+        self.raise_if_all_are(damaged)
         return 0, None
+
+    def raise_if_all_are(self, damaged: dict[int, str]) -> None:
+        """Raise CheckpointError for checkpoints of which none is whole, if there are any."""
+        if damaged:
+            step, reason = next(iter(damaged.items()))
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole; of step {step}: {reason}\n"
+                "  restore the folder from a copy, or start anew with another --output_dir"
+            )
 
     def verify(self, step: int) -> dict:
         """The meta item of a checkpoint. Raises DamagedError where it is not what was saved."""
@@ -161,12 +177,7 @@ class Checkpoints:
                 say(f"checkpoint {step} is damaged ({reason}); it is moved aside to {aside(step)}")
                 self.set_aside(step)
             return state, meta
-        if damaged:
-            step, reason = next(iter(damaged.items()))
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole; of step {step}: {reason}\n"
-                "  restore the folder from a copy, or start anew with another --output_dir"
-            )
+        self.raise_if_all_are(damaged)
         return None
 
     def set_aside(self, step: int) -> None:

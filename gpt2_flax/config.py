@@ -4,9 +4,7 @@ A setting is written as a flag (`--n_layers 6`) or as a YAML key (`n_layers: 6`)
 name; flags win over the file given by `--config`.
 """
 
-import argparse
 import dataclasses
-import difflib
 import re
 import typing
 from dataclasses import dataclass
@@ -16,16 +14,22 @@ import yaml
 
 from gpt2_flax import durations
 from gpt2_flax.errors import UserError
+from gpt2_flax.settings import (
+    ArgumentParser,
+    add_settings,
+    closest,
+    convert,
+    fields_of,
+    plain,
+    read_yaml,
+    setting,
+    wide_help,
+)
 
 # WikiText left its short name; the hub knows it by this one.
 DATASET_ALIASES = {"wikitext": "Salesforce/wikitext"}
 EMBEDDED_DATASET = "python_stdlib"
-MAX_YAML_BYTES = 64 * 1024
 MAX_PROFILED = 100  # steps: a trace holds every operation of each, in memory at first
-
-
-def setting(default, help, **metadata):
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
@@ -220,10 +224,11 @@ GROUPS = {
     "epochs": "optimization",
     "config": "run",
 }
-FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+FIELDS = fields_of(TrainConfig)
 TYPES = typing.get_type_hints(TrainConfig)
+FLAGS_ONLY = ("config", "debug", "show_data", "print_config")
 # Never written to config.yaml: they say how the command is run, not what the run is.
-COMMAND_ONLY = ("config", "resume", "debug", "show_data", "print_config")
+COMMAND_ONLY = (*FLAGS_ONLY, "resume")
 # May differ between the sessions of one run: none of them changes what is learned,
 # except the two lengths, which move the end of the learning-rate schedule.
 FREE_ON_RESUME = {
@@ -242,9 +247,9 @@ def load_config(argv: list[str]) -> TrainConfig:
     given = vars(parsed)
     faults = parser.describe_unknown(unknown)
     path = given.get("config")
-    raw, yaml_faults = read_yaml(path) if path else ({}, [])
-    values, value_faults = convert(raw, spell=lambda name: f"{path}: {name}")
-    flags, flag_faults = convert(given, spell=lambda name: f"--{name}")
+    raw, yaml_faults = read_yaml(path, FLAGS_ONLY) if path else ({}, [])
+    values, value_faults = convert(raw, TrainConfig, lambda name: f"{path}: {name}")
+    flags, flag_faults = convert(given, TrainConfig, lambda name: f"--{name}")
     faults += yaml_faults + value_faults + flag_faults
 
     # What was meant by these isn't known, so nothing is said about what depends on it.
@@ -256,6 +261,11 @@ def load_config(argv: list[str]) -> TrainConfig:
     if {"epochs", "max_steps"} & flags.keys():
         values = {n: value for n, value in values.items() if n not in ("epochs", "max_steps")}
     config = dataclasses.replace(TrainConfig(), **values | flags)
+    # So does any other flag that leaves a setting of the file without effect.
+    for name, other in conflicting(config, values.keys() - flags.keys(), doubtful):
+        if other.split()[0] in flags:
+            values.pop(name, None)  # it may conflict with two of them
+    config = dataclasses.replace(TrainConfig(), **values | flags)
     faults += find_faults(config, set(values | flags), doubtful)
     if faults:
         raise UserError("\nerror: ".join(faults))
@@ -265,221 +275,21 @@ def load_config(argv: list[str]) -> TrainConfig:
     return config
 
 
-def counts_epochs(c: TrainConfig) -> bool:
-    """Whether the run can only be planned once the rows of an epoch are counted."""
-    lengths = (getattr(c, name) for name, field in FIELDS.items() if "units" in field.metadata)
-    return not c.max_steps or any(durations.split(value)[1] == "epochs" for value in lengths)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaint is ours: short, with the nearest flag of this parser."""
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            raise UserError("\nerror: ".join(self.describe_unknown(unknown)))
-        return parsed
-
-    def error(self, message):
-        raise UserError(f"{message}\n  python {self.prog} --help lists the flags")
-
-    def describe_unknown(self, words: list[str]) -> list[str]:
-        """A fault for each unknown flag among the words that were left over."""
-        # Without a flag among them, the rest is what followed the first.
-        words = [word for word in words if word.startswith("--")] or words[:1]
-        return [
-            f"unknown {'flag' if word.startswith('-') else 'argument'} {plain(word)}"
-            f"{nearest(word.split('=')[0], self.flags(), self.prog)}"
-            for word in words
-        ]
-
-    def flags(self) -> list[str]:
-        """All flags, those of the subcommands included."""
-        found = [flag for action in self._actions for flag in action.option_strings]
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                found += [flag for parser in action.choices.values() for flag in parser.flags()]
-        return found
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="scripts/train.py",
         description="Train GPT-2 from text to a model that PyTorch opens.",
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=96),
+        formatter_class=wide_help,
     )
-    group = parser
-    for name, field in FIELDS.items():
-        if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name])
-        kind = TYPES[name]
-        text = field.metadata["help"]
-        if field.default not in ("", ()):
-            default = str(field.default).lower() if kind is bool else field.default
-            text += f" (default: {default})"
-        options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        if name == "debug":  # `run_main` looks for the bare word
-            options |= {"action": "store_true"}
-        elif kind is bool:
-            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        elif typing.get_origin(kind) is Literal:
-            options |= {"metavar": "|".join(typing.get_args(kind))}
-        elif typing.get_origin(kind) is tuple:
-            options |= {"action": "extend", "nargs": "+", "metavar": "FILE"}
-        else:
-            metavars = {int: "N", float: "X", str: "TEXT", int | Literal["auto"]: "N|auto"}
-            options |= {"metavar": metavars.get(kind, "LENGTH")}
-        group.add_argument(f"--{name}", **options)
+    add_settings(parser, TrainConfig, GROUPS)
     return parser
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, where it would keep the last, and aliases.
-
-    Flat settings need no alias, and a few nested ones turn a line into gigabytes.
-    """
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(
-                problem=f"alias *{event.anchor}; write the value itself",
-                problem_mark=event.start_mark,
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        seen = set()
-        for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {plain(key.value)} stands twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str) -> tuple[dict, list[str]]:
-    """What a YAML file of settings holds, and the faults of the file itself."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_YAML_BYTES + 1)
-        if len(text) > MAX_YAML_BYTES:
-            return {}, [f"{path}: over {MAX_YAML_BYTES} bytes is too long for a configuration"]
-        loaded = _Loader(text.decode("utf-8")).get_single_data()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        return {}, [f"cannot read --config {path}: {reason}\n  configs/ holds examples"]
-    except Exception as error:  # PyYAML lets through what int() and datetime() raise
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        if isinstance(error, RecursionError):
-            reason = "nested too deeply"
-        return {}, [f"{path}{where}: not valid YAML: {reason}"]
-    if loaded is None:
-        return {}, []
-    if not isinstance(loaded, dict):
-        return {}, [f"{path}: expected lines of `name: value`, got {type(loaded).__name__}"]
-    faults = [
-        f"{path}: {name} has no effect in a file\n  give it as a flag: --{name}"
-        for name in ("config", "debug", "show_data", "print_config")
-        if name in loaded
-    ]
-    return loaded, faults
-
-
-def convert(raw: dict, spell) -> tuple[dict, list[str]]:
-    """Values of the settings' own types, and the faults. `spell` says where a name stood."""
-    values, faults = {}, []
-    for name, value in raw.items():
-        if name not in FIELDS:
-            faults.append(f"{spell(plain(name))}: unknown setting{nearest(str(name), FIELDS)}")
-            continue
-        kind, units = TYPES[name], FIELDS[name].metadata.get("units")
-        if units:
-            try:
-                values[name] = durations.parse(value, units, int in typing.get_args(kind))
-            except ValueError as error:
-                faults.append(f"{spell(name)}: {error}, got {shown(value)}")
-            continue
-        try:
-            values[name] = convert_value(value, kind)
-        except ValueError:
-            faults.append(f"{spell(name)}: expected {describe(kind)}, got {shown(value)}")
-    return values, faults
-
-
-def convert_value(value, kind):
-    """`value` as `kind`. Raises ValueError where it is something else."""
-    if typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(convert_value(item, str) for item in items)
-    if kind == int | Literal["auto"]:
-        return value if value == "auto" else convert_value(value, int)
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError
-        return value
-    if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() not in words:
-            raise ValueError
-        return words[str(value).lower()]
-    if kind is str:
-        if not isinstance(value, str):  # YAML makes 8 of 010; the text is gone by then
-            raise ValueError
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError
-    try:
-        number = float(value)  # YAML 1.1 reads 3e-4 as a string
-    except OverflowError as error:
-        raise ValueError from error
-    if kind is float:
-        return number
-    if not number.is_integer():
-        raise ValueError
-    return int(number)
-
-
-def describe(kind) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text (in quotes, should it look like a number or a date)",
-        int | Literal["auto"]: "a whole number or auto",
-    }
-    return names.get(kind, "text or a list of texts")
-
-
-def nearest(name: str, known, prog: str = "scripts/train.py") -> str:
-    """The remedy for an unknown name: the known one most like it."""
-    close = closest(name, known)
-    return f"\n  did you mean {close[0]}?" if close else f"\n  python {prog} --help lists them"
-
-
-def closest(name: str, known) -> list[str]:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-
-
-def shown(value) -> str:
-    """A value from outside as a message can quote it: one line, of bearable length."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def plain(name) -> str:
-    """A name from outside as a message can quote it: bare where that is readable."""
-    text = str(name)
-    return text if text.isprintable() and 0 < len(text) <= 80 else shown(text)
+def counts_epochs(c: TrainConfig) -> bool:
+    """Whether the run can only be planned once the rows of an epoch are counted."""
+    lengths = (getattr(c, name) for name, field in FIELDS.items() if "units" in field.metadata)
+    return not c.max_steps or any(durations.split(value)[1] == "epochs" for value in lengths)
 
 
 def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str]:
@@ -514,6 +324,13 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
     require_each(at_least_0, lambda value: 0 <= value < float("inf"), "0 or more")
     require_each(above_0, lambda value: 0 < value < float("inf"), "above 0")
     require_each(shares, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    counted = [name for name, kind in TYPES.items() if int in (kind, *typing.get_args(kind))]
+    require_each(
+        [*(name for name in counted if name != "seed"), "warmup_steps", "decay_steps"],
+        lambda value: value < 2**31,
+        "below 2**31",
+    )
+    require_each(("epochs",), lambda value: value <= 1e6, "at most 1000000")
     require_each(("pad_vocab_to_multiple_of",), lambda value: value <= 2**16, "at most 65536")
     require_each(("seed",), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 
@@ -564,6 +381,11 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
             f"tokenizer {plain(c.tokenizer)}: bpe:N needs N of at least 257"
             " (256 bytes and end-of-text)\n  for example --tokenizer bpe:8192",
         )
+    require(
+        {"sample_prompt"},
+        c.sample_prompt.isascii() or not re.search("[\ud800-\udfff]", c.sample_prompt),
+        "sample_prompt is not UTF-8 text\n  is the terminal set to UTF-8?",
+    )
     if c.profile:
         span = profiled_steps(c.profile)
         require(
@@ -597,7 +419,15 @@ def is_words(value) -> bool:
 
 
 def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str]:
-    """Settings that were given and could not take effect with the others."""
+    """The faults of settings that were given and could not take effect with the others."""
+    return [
+        f"{name} has no effect with {other}\n  leave one of the two out"
+        for name, other in conflicting(c, given, doubtful)
+    ]
+
+
+def conflicting(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[tuple[str, str]]:
+    """(setting that was given, setting and value with which it has no effect), of each such."""
     conflicts = [
         ({"dataset", "dataset_config", "dataset_split"}, bool(c.train_file), "train_file"),
         (
@@ -635,9 +465,14 @@ def find_conflicts(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[
         ({"beta1"}, c.optimizer == "adafactor", "optimizer adafactor"),
         ({"beta2"}, c.optimizer in ("adafactor", "sgd"), f"optimizer {c.optimizer}"),
         ({"sample_prompt"}, c.sample_tokens == 0, "sample_tokens 0"),
+        (
+            {"eval_rows"},
+            c.validation_share == 0 and not c.validation_file,
+            "validation_share 0",
+        ),
     ]
     return [
-        f"{name} has no effect with {other}\n  leave one of the two out"
+        (name, other)
         for names, clash, other in conflicts
         if clash and other.split()[0] not in doubtful
         for name in sorted((names & given) - doubtful)

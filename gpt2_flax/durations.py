@@ -9,7 +9,8 @@ import re
 import time
 from dataclasses import dataclass, field
 
-PATTERN = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*([kKMB]?)\s*([A-Za-z]*)")
+# A factor, or the beginning of a unit: 2M tokens, 2 Minutes.
+PATTERN = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*([kKMB]?)(?!inutes?$)\s*([A-Za-z]*)")
 FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 UNITS = ("steps", "epochs", "tokens", *SECONDS)
@@ -71,18 +72,20 @@ def in_steps(value, global_batch: int, block_size: int, rows_an_epoch: int | Non
 
 @dataclass
 class Interval:
-    """Says when what happens every so many steps, or seconds, is due. 0 steps: never."""
+    """Says when what happens every so many steps, or seconds, is due. 0 steps: never.
+
+    Seconds are counted from the last call of `done`, or from the beginning.
+    """
 
     steps: int = 0
     seconds: float | None = None
     last: float = field(default_factory=time.monotonic)
 
     def is_due(self, step: int) -> bool:
-        """Whether it is due after a step; asked once a step. A time is counted from there anew."""
+        """Whether it is due after a step."""
         if self.seconds is None:
             return bool(self.steps) and step % self.steps == 0
-        now = time.monotonic()
-        if now - self.last < self.seconds:
-            return False
-        self.last = now
-        return True
+        return time.monotonic() - self.last >= self.seconds
+
+    def done(self) -> None:
+        self.last = time.monotonic()

@@ -3,7 +3,7 @@
 Settings and their faults need no JAX, as those of training.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,16 +14,17 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2_flax.config import (
-    EMBEDDED_DATASET,
+from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig
+from gpt2_flax.errors import StorageError, UserError, say
+from gpt2_flax.settings import (
     ArgumentParser,
-    TrainConfig,
-    convert_value,
-    describe,
+    add_settings,
+    convert,
+    fields_of,
     setting,
     shown,
+    wide_help,
 )
-from gpt2_flax.errors import StorageError, UserError, say
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class EvaluateConfig:
 
 
 GROUPS = {"model": "model", "dataset": "perplexity", "lambada": "zero-shot", "json": "output"}
-FIELDS = {field.name: field for field in dataclasses.fields(EvaluateConfig)}
+FIELDS = fields_of(EvaluateConfig)
 TYPES = typing.get_type_hints(EvaluateConfig)
 OF_TEXT = ("dataset", "dataset_config", "dataset_split", "file", "text_column",
            "document_separator", "encoding_errors", "add_eos", "detokenizer", "context",
@@ -98,14 +99,9 @@ def load_config(argv: list[str]) -> EvaluateConfig:
     """The settings of a command line. Raises UserError that lists every fault found."""
     parser = build_parser()
     parsed, unknown = parser.parse_known_args(argv)
-    faults, values = parser.describe_unknown(unknown), {}
-    for name, value in vars(parsed).items():
-        try:
-            values[name] = convert_value(value, TYPES[name])
-        except ValueError:
-            faults.append(f"--{name}: expected {describe(TYPES[name])}, got {shown(value)}")
+    values, faults = convert(vars(parsed), EvaluateConfig, lambda name: f"--{name}")
     config = EvaluateConfig(**values)
-    faults += find_faults(config, set(values))
+    faults = [*parser.describe_unknown(unknown), *faults, *find_faults(config, set(values))]
     if faults:
         raise UserError("\nerror: ".join(faults))
     return config
@@ -116,28 +112,9 @@ def build_parser() -> ArgumentParser:
         prog="scripts/evaluate.py",
         description="Evaluate a model: perplexity of a text, LAMBADA, HellaSwag. One JSON object.",
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=96),
+        formatter_class=wide_help,
     )
-    group = parser
-    for name, field in FIELDS.items():
-        if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name])
-        kind, text = TYPES[name], field.metadata["help"]
-        if field.default not in ("", ()):
-            default = str(field.default).lower() if kind is bool else field.default
-            text += f" (default: {default})"
-        options = {"default": argparse.SUPPRESS, "help": text}
-        if name == "debug":  # `run_main` looks for the bare word
-            options |= {"action": "store_true"}
-        elif kind is bool:
-            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        elif typing.get_origin(kind) is Literal:
-            options |= {"metavar": "|".join(typing.get_args(kind))}
-        elif typing.get_origin(kind) is tuple:
-            options |= {"action": "extend", "nargs": "+", "metavar": "FILE"}
-        else:
-            options |= {"metavar": {int: "N", str: "TEXT"}[kind]}
-        group.add_argument(f"--{name}", required="required" in field.metadata, **options)
+    add_settings(parser, EvaluateConfig, GROUPS)
     return parser
 
 
@@ -218,6 +195,8 @@ def evaluate(config: EvaluateConfig) -> dict:
 
     for path in filter(None, (config.json, config.items)):
         check_writable(path)
+    if config.json and config.json == config.items:
+        raise UserError(f"json and items are both {config.json}\n  name two files")
     model, params, tokenizer = load_model(config)
     text = None
     if wants_perplexity(config):
@@ -240,25 +219,37 @@ def evaluate(config: EvaluateConfig) -> dict:
     return result
 
 
-def load_model(config: EvaluateConfig):
-    """(model, tokenizer). Raises UserError where they are missing, not whole, or no pair."""
+@contextlib.contextmanager
+def only_errors(name: str):
+    """Keep a logger's warnings back for a while."""
     import logging
 
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def load_model(config: EvaluateConfig):
+    """(model, tokenizer). Raises UserError where they are missing, not whole, or no pair."""
     import jax.numpy as jnp
 
     from gpt2_flax import checkpoint
     from gpt2_flax.data.tokenizers import load_tokenizer, make_tokenizer
     from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 
-    # Its warnings are of weights that are missing, refused below, or become float32.
-    logging.getLogger("gpt2_flax").setLevel(logging.ERROR)
     where = pathlib.Path(config.model).expanduser()
     if config.step:
         where = checkpoint.locate(where, config.step)
     place = str(where) if where.exists() else config.model
-    model, params = FlaxGPT2LMHeadModel.from_pretrained(
-        place, dtype=jnp.dtype(config.dtype), _do_init=False
-    )
+    # Its warnings are of weights that are missing, refused below, or become float32.
+    with only_errors("gpt2_flax"):
+        model, params = FlaxGPT2LMHeadModel.from_pretrained(
+            place, dtype=jnp.dtype(config.dtype), _do_init=False
+        )
     if missing := model._missing_keys:
         raise UserError(
             f"the model in {config.model} lacks {len(missing)} weights, such as"
@@ -366,8 +357,10 @@ def score_text(scorer, config: EvaluateConfig, name: str, ids, counted) -> dict:
     stride = config.stride or context
     nll, n_tokens = timed(score_text, scorer, ids, context, stride)
 
-    def per(n: int) -> float:
-        return perplexity(nll / n) if n else math.inf
+    def per(n: int) -> float | None:
+        """None where it is no number that JSON could hold."""
+        value = perplexity(nll / n) if n else math.inf
+        return value if math.isfinite(value) else None
 
     result = {
         "text": name,
@@ -388,7 +381,7 @@ def score_text(scorer, config: EvaluateConfig, name: str, ids, counted) -> dict:
             "bytes_detokenized": counted.bytes_out,
             "perplexity_per_word": per(counted.words),
             "perplexity_per_word_and_line_end": per(counted.words + counted.lines),
-            "bits_per_byte": nll / math.log(2) / counted.bytes,
+            "bits_per_byte": nll / math.log(2) / counted.bytes if counted.bytes else None,
         }
     return result
 
@@ -397,7 +390,8 @@ def timed(score, *arguments):
     """Call it, and say how long it took."""
     began = time.perf_counter()
     result = score(*arguments)
-    say(f"{score.__name__}: {time.perf_counter() - began:.1f} s")
+    what = score.__name__.removeprefix("score_")
+    say(f"{what}: {time.perf_counter() - began:.1f} s")
     return result
 
 
@@ -417,8 +411,9 @@ def dump(result: dict) -> str:
 
 def check_writable(path: str) -> None:
     """Raise UserError for a file that could not be written once all is done."""
-    folder = pathlib.Path(path).expanduser().absolute().parent
-    if os.path.isdir(path) or not folder.is_dir() or not os.access(folder, os.W_OK):
+    file = pathlib.Path(path).expanduser().absolute()
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(
             f"cannot write {path}: it is a directory, or in none that can be written to\n"
             "  name a file in a directory that exists"

@@ -11,7 +11,7 @@ import statistics
 import jax
 import yaml
 
-from gpt2_flax.config import COMMAND_ONLY, FIELDS, TrainConfig, dump_yaml
+from gpt2_flax.config import COMMAND_ONLY, EMBEDDED_DATASET, FIELDS, TrainConfig, dump_yaml
 from gpt2_flax.metrics import clock
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -167,10 +167,23 @@ def settings(config: TrainConfig) -> dict:
 # ---------------------------------------------------------------- what to do next
 
 
+def on_what(config) -> str:
+    """Flags of an evaluation on the text that the run held out, where it can be named."""
+    if config.validation_file:
+        return f" --file {shlex.join(config.validation_file)}"
+    if config.dataset == EMBEDDED_DATASET and not config.train_file:
+        return f" --dataset {EMBEDDED_DATASET}"
+    return ""
+
+
 def commands(outcome: Outcome) -> list[tuple[str, str]]:
     """(what for, command line), to be run from where the run was started."""
     where = shlex.quote(outcome.output_dir)
-    prompt = shlex.quote(outcome.config.sample_prompt or "Once")
+    words = outcome.config.sample_prompt or "Once"
+    # A word that begins like a flag is taken for one unless it is joined to its own.
+    prompt = shlex.quote(f"--prompt={words}")
+    if not words.startswith("-"):
+        prompt = f"--prompt {shlex.quote(words)}"
     step = outcome.checkpoints[0] if outcome.checkpoints else outcome.step
     beside = shlex.quote(f"{outcome.output_dir.rstrip('/')}_step_{step}")
     flax = shlex.quote(f"{outcome.output_dir.rstrip('/')}_flax")
@@ -178,9 +191,9 @@ def commands(outcome: Outcome) -> list[tuple[str, str]]:
         ("train on", resume_command(outcome)),
         (
             "generate",
-            f"python scripts/generate.py --model {where} --prompt {prompt} --max_new_tokens 100",
+            f"python scripts/generate.py --model {where} {prompt} --max_new_tokens 100",
         ),
-        ("evaluate", f"python scripts/evaluate.py --model {where}"),
+        ("evaluate", f"python scripts/evaluate.py --model {where}{on_what(outcome.config)}"),
         (
             "convert a checkpoint for PyTorch",
             f"python scripts/convert.py to_pytorch --checkpoint {where} --step {step}"

@@ -31,6 +31,11 @@ def replicate(make: Callable, *args):
     return jax.jit(make, out_shardings=replicated())(*args)
 
 
+def over_devices() -> NamedSharding:
+    """A batch's leading axis, a device each."""
+    return NamedSharding(mesh(), PartitionSpec(AXIS))
+
+
 def shapes_on_devices(tree):
     """The shapes of a replicated tree, as Orbax and the compiler take them."""
     sharding = replicated()
@@ -89,10 +94,17 @@ def split_batch(batch, micro_batches: int | None):
     return jax.tree.map(lambda array: array.reshape(*lead, -1, *array.shape[1:]), batch)
 
 
+def batch_shapes(batch, micro_batches: int | None):
+    """What `put_batch` would return, as shapes for the compiler."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_devices()),
+        split_batch(batch, micro_batches),
+    )
+
+
 def put_batch(batch, micro_batches: int | None):
     """`split_batch`, on the devices by one transfer."""
-    sharding = NamedSharding(mesh(), PartitionSpec(AXIS))
-    return jax.device_put(split_batch(batch, micro_batches), sharding)
+    return jax.device_put(split_batch(batch, micro_batches), over_devices())
 
 
 def prefetch(items: Iterable, prepare: Callable, ahead: int = 2) -> Iterator:

@@ -18,7 +18,7 @@ import numpy as np
 import transformers
 
 from gpt2_flax import optim, parallel, step
-from gpt2_flax.config import TrainConfig
+from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig, find_faults
 from gpt2_flax.data import opening
 from gpt2_flax.errors import NumericsError, UserError, say
 from gpt2_flax.metrics import storage_errors
@@ -37,12 +37,12 @@ def run(settings: dict) -> dict:
     NumericsError where the largest gap of the losses is above LARGEST_GAP.
     """
     torch = import_torch()
-    check(settings)
+    config = check(settings)
     output_dir = pathlib.Path(settings["output_dir"])
     with storage_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     n_rows = settings["batch_size"] * jax.local_device_count()
-    vocab_size, batches = read_batches(settings, n_rows)
+    vocab_size, batches = read_batches(config, n_rows, settings["steps"])
     model = FlaxGPT2LMHeadModel(
         transformers.GPT2Config(
             n_layer=settings["n_layers"], n_head=settings["n_heads"], n_embd=settings["n_embd"],
@@ -71,7 +71,9 @@ def run(settings: dict) -> dict:
         "losses": ours, "losses_torch": theirs,
     }  # fmt: skip
     with storage_errors(output_dir):
-        (output_dir / "parity.json").write_text(json.dumps(result, indent=1), "utf-8")
+        (output_dir / "parity.json").write_text(
+            json.dumps(finite_or_none(result), indent=1), "utf-8"
+        )
         plot(ours, theirs, output_dir / "parity.png")
     if not result["largest_gap"] <= LARGEST_GAP:
         raise NumericsError(
@@ -93,41 +95,34 @@ def import_torch():
     return torch
 
 
-def check(settings: dict) -> None:
-    """Raise UserError that lists what is wrong with the settings."""
-    whole = ("n_layers", "n_heads", "n_embd", "block_size", "batch_size", "steps")
-    faults = [
-        f"{name} must be at least 1, got {settings[name]}" for name in whole if settings[name] < 1
-    ]
-    rate = settings["learning_rate"]
-    if not 0 < rate < math.inf:
-        faults.append(f"learning_rate must be above 0, got {rate}")
-    if not 0 <= settings["seed"] < 2**32:
-        faults.append(f"seed must be at least 0 and below 2**32, got {settings['seed']}")
-    if not faults and settings["n_embd"] % settings["n_heads"]:
-        faults.append(
-            f"n_embd {settings['n_embd']} is not divisible by n_heads {settings['n_heads']}"
-        )
+def check(settings: dict) -> TrainConfig:
+    """The settings as those of a run. Raises UserError that lists what is wrong with them."""
+    files = tuple(settings["train_file"])
+    sizes = ("n_layers", "n_heads", "n_embd", "block_size", "batch_size", "learning_rate", "seed",
+             "tokenizer")  # fmt: skip
+    config = TrainConfig(
+        **({"train_file": files} if files else {"dataset": EMBEDDED_DATASET}),
+        **{name: settings[name] for name in sizes},
+        n_positions=settings["block_size"], sample_tokens=0, validation_share=0.0,
+    )  # fmt: skip
+    faults = find_faults(config, set(), {"n_positions"})
+    if settings["steps"] < 1:
+        faults.append(f"steps must be at least 1, got {settings['steps']}")
     if faults:
         raise UserError("\nerror: ".join(faults))
+    return config
 
 
 # ---------------------------------------------------------------- the same beginning
 
 
-def read_batches(settings: dict, n_rows: int):
+def read_batches(config: TrainConfig, n_rows: int, n_steps: int):
     """(size of the vocabulary, the batches of all steps) in the order that training has."""
-    files = tuple(settings["train_file"])
-    config = TrainConfig(
-        **({"train_file": files} if files else {"dataset": "python_stdlib"}),
-        tokenizer=settings["tokenizer"], block_size=settings["block_size"],
-        seed=settings["seed"], validation_share=0.0,
-    )  # fmt: skip
     source, _ = opening.open_text(config)
-    tokenizer = opening.open_tokenizer(config, pathlib.Path(settings["output_dir"]), source, False)
+    tokenizer = opening.open_tokenizer(config, pathlib.Path(config.output_dir), source, False)
     rows, _, _ = opening.open_rows(config, tokenizer, source, None)
     steps = rows.batches(rows.start, n_rows, math.inf, slice(0, n_rows))
-    return tokenizer.vocab_size, [next(steps).batch for _ in range(settings["steps"])]
+    return tokenizer.vocab_size, [next(steps).batch for _ in range(n_steps)]
 
 
 def open_oracle(folder: str):
@@ -227,3 +222,12 @@ def plot(ours: list[float], theirs: list[float], path: pathlib.Path) -> None:
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, path)
+
+
+def finite_or_none(value):
+    """A result as JSON can hold it, which has no infinity and no NaN."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

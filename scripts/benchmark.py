@@ -8,8 +8,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from gpt2_flax.config import ArgumentParser
 from gpt2_flax.errors import StorageError, run_main
+from gpt2_flax.settings import ArgumentParser
 
 
 def main(argv: list[str]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from gpt2_flax import durations
 from gpt2_flax.config import FIELDS, load_config
 from gpt2_flax.errors import UserError
-from gpt2_flax.train import make_interval, make_optimizer, train
+from gpt2_flax.plan import make_interval, make_optimizer
+from gpt2_flax.train import train
 
 # What a person may write, right or wrong. Sizes stay small: some of it is trained.
 NUMBERS = ["0", "1", "2", "3", "8", "0.5", "0.1", "1e-3", "-1", "nan", "x", "1e99", ""]

@@ -19,7 +19,6 @@ from gpt2_flax.config import (
     COMMAND_ONLY,
     FIELDS,
     FREE_ON_RESUME,
-    MAX_YAML_BYTES,
     TYPES,
     TrainConfig,
     build_parser,
@@ -28,6 +27,8 @@ from gpt2_flax.config import (
     load_config,
 )
 from gpt2_flax.errors import UserError
+from gpt2_flax.plan import make_interval
+from gpt2_flax.settings import MAX_YAML_BYTES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -246,6 +247,8 @@ def test_the_recipe_of_the_bare_command_has_its_settings():
         ("max_steps", "1B tokens", "1000000000 tokens"),
         ("max_steps", "2.5MTokens", "2500000 tokens"),
         ("max_steps", "2 hours", "2 hours"),
+        ("max_steps", "2 Minutes", "2 minutes"),
+        ("max_steps", "1Minute", "1 minutes"),
         ("max_steps", "1.5 day", "1.5 days"),
         ("eval_every", "90 minutes", "90 minutes"),
         ("save_every", "30 seconds", "30 seconds"),
@@ -281,6 +284,23 @@ def test_a_run_of_epochs_is_the_same_in_words():
 def test_a_length_as_a_flag_replaces_the_files(write_yaml, content, flags, epochs, max_steps):
     config = load_config(["--config", write_yaml(content), *flags])
     assert (config.epochs, config.max_steps) == (epochs, max_steps)
+
+
+def test_a_flag_that_leaves_a_setting_of_the_file_without_effect_wins(write_yaml):
+    path = write_yaml("optimizer: adamw\nbeta1: 0.8\nbeta2: 0.9\nlr_schedule: wsd\ndecay_steps: 9")
+    config = load_config(["--config", path, "--optimizer", "adafactor", "--lr_schedule", "linear"])
+    assert config == TrainConfig(optimizer="adafactor", lr_schedule="linear", config=path)
+    path = write_yaml("streaming: true\nshuffle_window: 9")
+    flags = ["--streaming", "false", "--shuffle", "false"]  # each leaves it without effect
+    config = load_config(["--config", path, *flags])
+    assert config == TrainConfig(shuffle=False, config=path)
+    # Two settings of the file, or two flags, that do not go together are still refused.
+    assert "beta1 has no effect with optimizer" in only_fault_of(
+        "--config", write_yaml("optimizer: adafactor\nbeta1: 0.8"), "--seed", "1"
+    )
+    assert "beta1 has no effect with optimizer" in only_fault_of(
+        "--config", write_yaml("optimizer: adafactor"), "--beta1", "0.8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -330,7 +350,14 @@ def test_an_interval_of_time_is_due_when_it_has_passed(monkeypatch):
     for step, now[0] in enumerate([130.0, 189.9, 190.0, 191.0, 281.0, 300.0, 371.0]):
         if interval.is_due(step):
             due.append(step)
+            interval.done()
     assert due == [2, 4, 6]
+
+
+@pytest.mark.parametrize("value", ["0 minutes", "0 epochs", 0])
+def test_no_length_between_evaluations_means_none(value):
+    interval = make_interval(value, lambda value: durations.in_steps(value, 8, 20, 100))
+    assert not any(interval.is_due(n) for n in range(1, 10))
 
 
 def test_an_interval_of_steps_is_due_at_their_multiples():
@@ -583,6 +610,25 @@ def test_no_count_may_be_negative(name):
     assert re.match(rf"{name} must be .*, got -3$", only_fault_of(f"--{name}", "-3"))
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "limit"),
+    [
+        ("max_steps", "1e20", r"below 2\*\*31"),
+        ("max_steps", "3e9", r"below 2\*\*31"),
+        ("batch_size", "1e20", r"below 2\*\*31"),
+        ("warmup_steps", "1e10", r"below 2\*\*31"),
+        ("epochs", "1e308", "at most 1000000"),
+    ],
+)
+def test_no_number_is_too_large_to_count(flag, value, limit):
+    assert re.match(rf"{flag} must be {limit}, got ", only_fault_of(f"--{flag}", value))
+
+
+def test_a_prompt_that_is_not_utf8_is_refused():
+    fault = only_fault_of("--sample_prompt", b"\xff\xfe".decode("utf-8", "surrogateescape"))
+    assert fault.startswith("sample_prompt is not UTF-8 text\n")
+
+
 def test_the_sizes_of_a_model_to_start_from_are_not_ours_to_judge():
     load_config(["--init_from", "some_model", "--block_size", "4096", "--sample_tokens", "2000"])
 
@@ -609,6 +655,7 @@ def test_the_sizes_of_a_model_to_start_from_are_not_ours_to_judge():
         ("--lr_schedule constant --min_learning_rate 1e-5", "min_learning_rate", "lr_schedule c"),
         ("--optimizer lion --adam_epsilon 1e-5", "adam_epsilon", "optimizer lion"),
         ("--optimizer sgd --beta2 .9", "beta2", "optimizer sgd"),
+        ("--validation_share 0 --eval_rows 5", "eval_rows", "validation_share 0"),
         ("--optimizer adafactor --beta2 .9", "beta2", "optimizer adafactor"),
         ("--optimizer adafactor --beta1 .8", "beta1", "optimizer adafactor"),
         ("--optimizer adafactor --adam_epsilon 1", "adam_epsilon", "optimizer adafactor"),
@@ -679,7 +726,7 @@ def test_the_settings_of_a_run_can_be_read_again(write_yaml):
     ):  # fmt: skip
         values.pop(name)
     odd = "tab\t nul\x00 quote' \" # : - é 漢 \U0001f600 \udcff\nnew line \x85 007"
-    config = dataclasses.replace(TrainConfig(), **values | {"sample_prompt": odd})
+    config = dataclasses.replace(TrainConfig(), **values | {"cache_dir": odd})
     path = write_yaml(dump_yaml(config))
     assert load_config(["--config", path]) == dataclasses.replace(config, config=path)
 

@@ -1,5 +1,6 @@
 """What is said of a finished run: the summary, report.html, the model card, the commands."""
 
+import argparse
 import base64
 import dataclasses
 import html.parser
@@ -319,3 +320,27 @@ def test_a_link_or_a_directory_in_its_place_stays(tmp_path):
     link.symlink_to(tmp_path / "nowhere.md")
     assert not model_card.write(make(), link)
     assert link.is_symlink() and not (tmp_path / "nowhere.md").exists()
+
+
+@pytest.mark.parametrize("prompt", ["Once", "two words", "-flag", "--debug it's"])
+def test_a_prompt_reaches_generate_whatever_it_begins_with(prompt):
+    words = shlex.split(dict(outcome.commands(make(sample_prompt=prompt)))["generate"])
+    parser = argparse.ArgumentParser()
+    for flag in ("--model", "--prompt", "--max_new_tokens"):
+        parser.add_argument(flag)
+    assert parser.parse_args(words[2:]).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({}, []),
+        ({"dataset": "python_stdlib"}, ["--dataset", "python_stdlib"]),
+        ({"validation_file": ("a b.txt", "c")}, ["--file", "a b.txt", "c"]),
+        ({"dataset": "python_stdlib", "train_file": ("a",)}, []),
+    ],
+)
+def test_evaluate_is_given_the_held_out_text_where_it_has_a_name(settings, flags):
+    words = shlex.split(dict(outcome.commands(make(**settings)))["evaluate"])
+    assert words[:4] == ["python", "scripts/evaluate.py", "--model", "runs/one"]
+    assert words[4:] == flags

@@ -413,18 +413,39 @@ def test_the_learning_rate_ends_with_the_last_step(run, text, tmp_path, length, 
 def test_a_length_in_time_is_measured_once_and_resumed_bitwise(run, tmp_path, monkeypatch, capsys):
     flags = ("--max_steps", "12 minutes", "--warmup_steps", "256 tokens", "--lr_schedule", "wsd")
     flags += ("--decay_steps", "512 tokens")
-    monkeypatch.setattr("gpt2_flax.train.measure_step", lambda *run: 59.0)
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", lambda *run: 59.0)
     assert run(tmp_path / "whole", *flags) == 0
     rows = metrics.read_log(tmp_path / "whole" / "metrics.jsonl")
     assert rows[-1]["step"] == 12
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
         assert run(tmp_path / "parts", *flags) == 143
-    monkeypatch.setattr("gpt2_flax.train.measure_step", None)
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", None)
     assert run(tmp_path / "parts", *flags) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert run(tmp_path / "parts", *flags, "--max_steps", "15 minutes") == 0
     assert metrics.read_log(tmp_path / "parts" / "metrics.jsonl")[-1]["step"] == 15
+
+
+def test_a_length_that_becomes_a_time_is_measured_once_too(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", lambda *run: 59.0)
+    assert run(tmp_path, "--max_steps", "2") == 0
+    assert run(tmp_path, "--max_steps", "4 minutes") == 0
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", None)
+    assert run(tmp_path, "--max_steps", "6 minutes") == 0
+    assert checkpoint.read_meta(tmp_path / "checkpoints" / "6")["seconds_a_step"] == 59.0
+
+
+def test_a_run_that_is_refused_leaves_no_directory(run, tmp_path):
+    flags = ("--max_steps", "0", "--epochs", "1")
+    with pytest.raises(UserError, match=r"profile 5000:5001 goes beyond the run's \d+ steps\n"):
+        run(tmp_path / "run", *flags, "--profile", "5000:5001")
+    with pytest.raises(UserError, match=r"epochs of \d+ rows are no step"):
+        run(tmp_path / "run", "--max_steps", "0", "--epochs", "1e-9")
+    with pytest.raises(UserError, match=r"a run of [\d,]+ steps is too long: 2,147,483,647 can"):
+        run(tmp_path / "run", "--max_steps", "0", "--epochs", "1000000", "--train_file", __file__,
+            "--batch_size", "1", "--block_size", "1")  # fmt: skip
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_time_is_as_many_steps_as_are_measured(run, tmp_path, capsys):
@@ -466,6 +487,32 @@ def test_batch_size_auto_is_the_largest_that_fits(run, tmp_path, monkeypatch, ca
     with pytest.raises(UserError, match=r"of 1 row a device takes .*\n  use --remat block"):
         monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
         run(tmp_path / "none", *flags)
+
+
+@pytest.mark.parametrize("engine", ["pmap", "jit"])
+def test_batch_size_auto_counts_the_bytes_of_one_device(run, tmp_path, monkeypatch, engine):
+    """Under jit the compiler's plan is of one device, too, if it is told where a batch lies."""
+    planned = []
+
+    def noting(bytes_of, limit, allowed):
+        planned.append(bytes_of(64))
+        return 1
+
+    monkeypatch.setattr(memory, "largest_batch", noting)
+    flags = ("--batch_size", "auto", "--max_steps", "1", "--eval_every", "0")
+    assert run(tmp_path, *flags, "--parallel", engine, "--validation_share", "0") == 0
+    # The logits of 64 rows in float32, a few times over; of eight devices' rows it is more.
+    logits = 64 * 16 * 257 * 4
+    assert logits < planned[0] < 8 * logits
+
+
+def test_devices_that_cannot_make_up_a_run_s_steps_are_told_with_auto_as_well(
+    run, tmp_path, monkeypatch
+):
+    assert run(tmp_path, "--max_steps", "2") == 0  # 8 rows a step
+    monkeypatch.setattr(jax, "device_count", lambda: 16)
+    with pytest.raises(UserError, match=r"steps have 8 rows; 16 devices x batch_size 1 cannot"):
+        run(tmp_path, "--max_steps", "4", "--batch_size", "auto")
 
 
 @pytest.mark.parametrize("when", ["compile_train_step", "put_batch"])

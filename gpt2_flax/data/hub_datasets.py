@@ -14,12 +14,13 @@ import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-from gpt2_flax.config import DATASET_ALIASES, TrainConfig, plain
+from gpt2_flax.config import DATASET_ALIASES, TrainConfig
 from gpt2_flax.data import hub
 from gpt2_flax.data.files import first_line
 from gpt2_flax.data.sources import Piece, digest, whole_document
 from gpt2_flax.data.token_files import temporary_beside
 from gpt2_flax.errors import StorageError, UserError
+from gpt2_flax.settings import plain
 
 SHARD = 1 << 40  # a position in a stream is SHARD x the shard's number + the row in it
 ROWS_AT_ONCE = 1000

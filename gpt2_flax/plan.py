@@ -1,0 +1,265 @@
+"""What a run is to do, from its settings: its step, its rows, its length. Nothing is trained."""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+
+from gpt2_flax import durations, memory, metrics, optim, parallel, step
+from gpt2_flax.config import TrainConfig
+from gpt2_flax.data import batches
+from gpt2_flax.errors import UserError, say
+from gpt2_flax.model import FlaxGPT2LMHeadModule
+
+MOST_STEPS = 2**31 - 1  # the state counts them in an int32
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop works with. Rows are counted over all devices and processes."""
+
+    model_config: transformers.GPT2Config
+    module: FlaxGPT2LMHeadModule
+    optimizer: object
+    schedule: object
+    train_step: object
+    eval_step: object
+    global_batch: int
+    micro_batches: int
+    eval_batch: int
+    total_steps: int
+    logging: durations.Interval
+    evaluating: durations.Interval
+    saving: durations.Interval
+    row_limit: float
+    slots: slice
+    seconds_a_step: float | None  # where the run's length was given as a time
+    flops: float  # of one token
+    peak: float | None  # FLOP/s of all devices
+
+
+def build_run(config, model_config, rows, first_step: int, meta: dict | None) -> Run:
+    """What the loop needs to go on after a step. meta: of that step's checkpoint, if any."""
+    module = FlaxGPT2LMHeadModule(
+        model_config,
+        jnp.dtype(config.dtype),
+        pad_vocab_to_multiple_of=config.pad_vocab_to_multiple_of,
+        gradient_checkpointing=config.remat == "block",
+        attention_checkpointing=config.remat == "attention",
+    )
+    saved_batch = meta["global_batch"] if meta is not None else None
+    if config.batch_size == "auto":
+        config = dataclasses.replace(
+            config, batch_size=choose_batch_size(config, module, rows.count, saved_batch)
+        )
+    at_once = jax.device_count() * config.batch_size
+    global_batch = at_once * config.grad_accum
+    if saved_batch not in (None, global_batch):
+        global_batch = keep_global_batch(saved_batch, config)
+    speed = meta.get("seconds_a_step") if meta is not None else None
+    if speed is None and durations.split(config.max_steps)[1] == "seconds":
+        speed = measure_step(config, module, global_batch)
+
+    def in_steps(value):
+        return durations.in_steps(value, global_batch, config.block_size, rows.count)
+
+    total_steps, row_limit = count_steps(
+        config, rows, global_batch, first_step, meta, speed, in_steps
+    )
+    if total_steps > MOST_STEPS:
+        raise UserError(
+            f"a run of {total_steps:,} steps is too long: {MOST_STEPS:,} can be counted\n"
+            "  lower --max_steps or --epochs"
+        )
+    schedule, optimizer = make_optimizer(config, total_steps, in_steps)
+    fixed = {"model": module, "optimizer": optimizer, "seed": config.seed}
+    train_step = functools.partial(step.train_step, **fixed)
+    eval_step = functools.partial(step.eval_step, model=module)
+    share = global_batch // jax.process_count()
+    first = jax.process_index() * share
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    return Run(
+        model_config=model_config,
+        module=module,
+        optimizer=optimizer,
+        schedule=schedule,
+        train_step=parallel.compile_train_step(train_step, config.parallel),
+        eval_step=parallel.compile_eval_step(eval_step, config.parallel),
+        global_batch=global_batch,
+        micro_batches=global_batch // at_once,
+        eval_batch=at_once,
+        total_steps=total_steps,
+        logging=make_interval(config.log_every, in_steps),
+        evaluating=make_interval(config.eval_every, in_steps),
+        saving=make_interval(config.save_every, in_steps, at_most=max(1, total_steps // 4)),
+        row_limit=row_limit,
+        slots=slice(first, first + share),
+        seconds_a_step=speed,
+        flops=metrics.flops_per_token(
+            model_config.n_layer, model_config.n_embd, model_config.vocab_size, config.block_size
+        ),
+        peak=peak and peak * jax.device_count(),
+    )
+
+
+def count_steps(config, rows, global_batch, first_step, meta, speed, in_steps):
+    """(steps, rows) of the whole run; a length that is not given in epochs has no end of rows.
+
+    speed: seconds a step, where the length is a time.
+    """
+    if config.max_steps:
+        amount, unit = durations.split(config.max_steps)
+        n_steps = amount // speed if unit == "seconds" else in_steps(config.max_steps)
+        return max(1, int(n_steps)), math.inf
+    row_limit = round(config.epochs * rows.count)
+    if row_limit < 1:
+        raise UserError(
+            f"{config.epochs} epochs of {rows.count} rows are no step\n  raise --epochs"
+        )
+    # A step that ended the run before it was given more epochs may have been a short one.
+    rows_left = row_limit - (meta["cursor"]["rows"] if meta is not None else 0)
+    return first_step + math.ceil(rows_left / global_batch), row_limit
+
+
+def make_optimizer(config, total_steps: int, in_steps):
+    """(learning rate of each step, optax's optimizer). in_steps: a setting's value as steps."""
+    warmup, decay = (
+        optim.count_part(in_steps(value), total_steps)
+        for value in (config.warmup_steps, config.decay_steps)
+    )
+    schedule = optim.make_schedule(
+        config.lr_schedule, config.learning_rate, config.min_learning_rate, warmup, total_steps,
+        decay,
+    )  # fmt: skip
+    return schedule, optim.make_optimizer(
+        config.optimizer, schedule, config.weight_decay, config.beta1, config.beta2,
+        config.adam_epsilon, config.grad_clip,
+    )  # fmt: skip
+
+
+def make_interval(value, in_steps, at_most: int | None = None) -> durations.Interval:
+    amount, unit = durations.split(value)
+    if unit == "seconds":
+        return durations.Interval(seconds=amount or None)
+    # Words that come to less than a step, unlike a 0, mean each step.
+    n_steps = max(in_steps(value), 1 if amount else 0)
+    return durations.Interval(min(n_steps, at_most) if at_most is not None else n_steps)
+
+
+def keep_global_batch(saved: int, config: TrainConfig) -> int:
+    """The global batch of a run's checkpoints, if these devices can make it up."""
+    devices = jax.device_count()
+    if saved % (devices * config.batch_size):
+        fitting = [n for n in range(1, saved + 1) if saved % (devices * n) == 0]
+        ways = f"set --batch_size to one of {fitting}" if fitting else "use fewer devices"
+        raise UserError(
+            f"the run's steps have {saved} rows; {devices} devices x batch_size"
+            f" {config.batch_size} cannot make that up\n  {ways}"
+        )
+    accumulated = saved // (devices * config.batch_size)
+    say(f"the run's steps have {saved} rows and keep them: grad_accum is {accumulated} here")
+    return saved
+
+
+# ---------------------------------------------------------------- measured before the first step
+
+
+def trial(config, module):
+    """(what makes a state, a step on many devices) of a run whose length is not known yet."""
+    _, optimizer = make_optimizer(config, 1, lambda value: 1)
+    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
+    fixed = {"model": module, "optimizer": optimizer, "seed": config.seed}
+    update = functools.partial(step.train_step, **fixed)
+    return make, parallel.compile_train_step(update, config.parallel)
+
+
+def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | None) -> int:
+    """The largest power of two rows a device whose step fits, by the compiler's own plan.
+
+    saved: rows of a step of the run's checkpoints, which the choice then divides.
+    """
+    devices, accumulated = jax.device_count(), config.grad_accum
+    most = memory.MOST_TOKENS.get(jax.default_backend(), 2**18) // config.block_size
+    if rows_an_epoch is not None:
+        most = min(most, rows_an_epoch // (devices * accumulated))
+    allowed = [2**n for n in range(31) if 2**n <= max(1, most)]
+    if saved is not None:
+        allowed = [n for n in allowed if saved % (devices * n) == 0]
+        if not allowed:
+            return 1  # these devices cannot make up the run's steps: that is said elsewhere
+    make, update = trial(config, module)
+    state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)))
+    planned = {}
+
+    def bytes_of(n):
+        if n not in planned:
+            micro_batches = saved // (devices * n) if saved else accumulated
+            rows = jax.local_device_count() * micro_batches * n
+            batch = parallel.batch_shapes(blank_batch(rows, config.block_size), micro_batches)
+            planned[n] = memory.step_bytes(update.lower(state, batch).compile())
+        return planned[n]
+
+    limit = int(memory.USABLE * memory.device_bytes())
+    chosen = memory.largest_batch(bytes_of, limit, allowed)
+    figures = f"{memory.gigabytes(bytes_of(chosen))} of the {memory.gigabytes(limit)} it may"
+    if bytes_of(chosen) > limit:
+        raise UserError(
+            f"batch_size auto: a step of {chosen} row a device takes {figures}\n"
+            "  use --remat block, --dtype bfloat16, a shorter --block_size, or a smaller model"
+        )
+    say(f"batch_size auto: {chosen} rows a device; a step takes {figures}")
+    return chosen
+
+
+def measure_step(config, module, global_batch: int) -> float:
+    """Seconds a step: the median of five on blank rows, after one in which it is compiled."""
+    make, update = trial(config, module)
+    state = parallel.replicate(make, jax.random.key(config.seed))
+    batch = blank_batch(global_batch // jax.process_count(), config.block_size)
+    ready = parallel.put_batch(batch, global_batch // (jax.device_count() * config.batch_size))
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(update(state, ready))
+        seconds.append(time.perf_counter() - began)
+    speed = statistics.median(seconds[1:])
+    n_steps = durations.split(config.max_steps)[0] // speed
+    say(f"a step takes {speed:.3g} s: {config.max_steps} are {n_steps:,.0f} steps")
+    return speed
+
+
+def blank_batch(n_rows: int, block_size: int) -> batches.Batch:
+    ids = np.zeros((n_rows, block_size + 1), np.int32)
+    return batches.make_batch(ids, np.ones(n_rows, bool), slice(None), n_rows)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def describe_memory(run, config) -> str:
+    """The sizes that matter where a step does not fit into a device. run: None if not built."""
+    rows, beside = config.batch_size, ""
+    if run is not None:
+        rows = run.eval_batch // jax.device_count()
+        make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
+        state = jax.tree.leaves(jax.eval_shape(make, jax.random.key(0)))
+        n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+        beside = f" beside {memory.gigabytes(n_bytes)} of parameters and optimizer,"
+    return (
+        f"{rows} rows of {config.block_size} tokens at a time,{beside} on a"
+        f" {jax.devices()[0].device_kind} that has {memory.gigabytes(memory.device_bytes())}"
+    )
+
+
+def remedy_for_memory(config) -> str:
+    remedies = ["a smaller --batch_size with as much more --grad_accum (the same step)"]
+    remedies += ["--remat block"] if config.remat != "block" else []
+    remedies += ["--dtype bfloat16 in a new run"] if config.dtype == "float32" else []
+    remedies += ["--optimizer adafactor in a new run"] if config.optimizer != "adafactor" else []
+    return "use " + ", or ".join(remedies[:3])
