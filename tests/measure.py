@@ -105,8 +105,8 @@ WARM_UP, TIMED = 100, 300  # steps; both multiples of a hundred, where either ki
 SMALL = [
     "--dataset", "python_stdlib", "--tokenizer", "bytes",
     "--n_layers", "2", "--n_heads", "4", "--n_embd", "128", "--n_positions", "128",
-    "--block_size", str(BLOCK), "--batch_size", str(BATCH), "--dropout", "0", "--sample_tokens", "0",
-    "--eval_every", "0", "--eval_rows", "4", "--save_every", "0",
+    "--block_size", str(BLOCK), "--batch_size", str(BATCH), "--dropout", "0",
+    "--sample_tokens", "0", "--eval_every", "0", "--eval_rows", "4", "--save_every", "0",
     "--max_steps", str(WARM_UP + TIMED),
 ]  # fmt: skip
 
