@@ -130,6 +130,12 @@ def read_log(path) -> list[dict]:
     return rows
 
 
+# What a Meter of a new run starts from.
+NOTHING_BEFORE = {
+    "tokens": 0, "seconds": 0.0, "window": [], "bad_steps": 0, "bad_in_a_row": 0,
+}  # fmt: skip
+
+
 class Meter:
     """Turns what steps measure on the device into rows of the log.
 
@@ -138,7 +144,7 @@ class Meter:
     """
 
     def __init__(self, before: dict, flops: float, peak: float | None, max_bad_steps: int):
-        """before: what `snapshot` gave; else its numbers as 0 and its window as [].
+        """before: what `snapshot` gave, or NOTHING_BEFORE.
 
         flops: of one token. peak: FLOP/s of all devices together, None where unknown.
         max_bad_steps: steps in a row whose loss or gradient may not be finite.

@@ -378,12 +378,8 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         "model": run.model_config.to_dict(),
         "settings": yaml.safe_load(dump_yaml(config)),
         "cursor": rows.start,
-        "tokens": 0,
-        "seconds": 0.0,
-        "window": [],
         "evaluated": 0,
-        "bad_steps": 0,
-        "bad_in_a_row": 0,
+        **metrics.NOTHING_BEFORE,
         "seconds_a_step": run.seconds_a_step,
     }
     return parallel.replicate(make, argument), meta

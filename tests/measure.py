@@ -100,18 +100,22 @@ def memory() -> None:
         print(f"124M, 1 x 1024, float32, gradient checkpointing {again}: {size / 1e9:.2f} GB")
 
 
+BATCH, BLOCK = 4, 128
 WARM_UP, TIMED = 100, 300  # steps; both multiples of a hundred, where either kind has a row
 SMALL = [
     "--dataset", "python_stdlib", "--tokenizer", "bytes",
     "--n_layers", "2", "--n_heads", "4", "--n_embd", "128", "--n_positions", "128",
-    "--block_size", "128", "--batch_size", "4", "--dropout", "0", "--sample_tokens", "0",
-    "--eval_every", "0", "--eval_rows", "4", "--save_every", "0",
+    "--block_size", str(BLOCK), "--batch_size", str(BATCH), "--dropout", "0",
+    "--sample_tokens", "0", "--eval_every", "0", "--eval_rows", "4", "--save_every", "0",
     "--max_steps", str(WARM_UP + TIMED),
 ]  # fmt: skip
 
 
 def time_steps(log_every: int, folder: str) -> float:
-    """Milliseconds of a step of a fresh run, after the warm-up, by the clock of its log."""
+    """Milliseconds of a step of a fresh run, after the warm-up, as its log times the device.
+
+    (The log's `seconds` are the host's, which is up to a window ahead.)
+    """
     root = pathlib.Path(__file__).resolve().parents[1]
     output_dir = tempfile.mkdtemp(dir=folder)
     command = [sys.executable, str(root / "scripts" / "train.py"), *SMALL]
@@ -119,8 +123,9 @@ def time_steps(log_every: int, folder: str) -> float:
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     lines = pathlib.Path(output_dir, "metrics.jsonl").read_text().splitlines()
-    seconds = {row["step"]: row["seconds"] for row in map(json.loads, lines)}
-    return 1000 * (seconds[WARM_UP + TIMED] - seconds[WARM_UP]) / TIMED
+    rows = [row for row in map(json.loads, lines) if row["step"] > WARM_UP]
+    tokens = TIMED * BATCH * BLOCK // len(rows)  # of a row
+    return 1000 * sum(tokens / row["tokens_per_second"] for row in rows) / TIMED
 
 
 def log_rows(report_to: str, n_rows: int = 600) -> tuple[float, float]:
@@ -132,7 +137,7 @@ def log_rows(report_to: str, n_rows: int = 600) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         reporter = reporters.make(report_to, folder, {}, 0)
         log, progress = metrics.RunLog(folder, reporter), metrics.Progress(n_rows, 0)
-        meter = metrics.Meter(0, 0.0, [], 1.0, None)
+        meter = metrics.Meter(metrics.NOTHING_BEFORE, 1.0, None, 10)
         values = {name: jnp.float32(2) for name in ("loss_sum", "tokens", "grad_norm")}
         busy, passed = [], []
         for n in range(1, n_rows + 1):

@@ -14,8 +14,9 @@ import pytest
 
 from gpt2_flax import metrics, reporters
 from gpt2_flax.errors import NumericsError, StorageError
-from gpt2_flax.metrics import Meter, Progress, RunLog, read_log
+from gpt2_flax.metrics import NOTHING_BEFORE, Meter, Progress, RunLog, read_log
 from gpt2_flax.model import FlaxGPT2LMHeadModule
+from tests import measure
 
 # ---------------------------------------------------------------- floating-point operations
 
@@ -222,11 +223,8 @@ def plain(tree):
     return jax.tree.map(lambda x: float(x) if isinstance(x, Value) else x, tree)
 
 
-FRESH = {"tokens": 0, "seconds": 0.0, "window": [], "bad_steps": 0, "bad_in_a_row": 0}
-
-
 def make_meter(flops=7.0, peak=None, max_bad_steps=10, **snapshot):
-    return Meter(FRESH | snapshot, flops, peak, max_bad_steps)
+    return Meter(NOTHING_BEFORE | snapshot, flops, peak, max_bad_steps)
 
 
 def run_loop(device, meter, steps, every=5, pauses=None, first=0):
@@ -457,3 +455,10 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on():
     meter.add(2, values)
     assert snapshot["window"] == [(1, 3.0, 2.0, 1.0)]
     json.dumps(snapshot)
+
+
+def test_what_logging_costs_can_be_measured(capsys):
+    """The measurement of docs/benchmarks.md, on a few rows."""
+    for milliseconds in measure.log_rows("none", n_rows=3):
+        assert 0 < milliseconds < 1000
+    assert "step 2/3" in capsys.readouterr().err
