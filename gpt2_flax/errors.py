@@ -1,6 +1,7 @@
 """What a user is told: errors, what each makes the process return, and notes on the way."""
 
 import contextlib
+import signal
 import sys
 import traceback
 
@@ -56,9 +57,9 @@ def run_main(main, argv: list[str]) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "number", signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()
         return 1

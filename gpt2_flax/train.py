@@ -8,7 +8,6 @@ import itertools
 import logging
 import os
 import pathlib
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,7 @@ from gpt2_flax import (
     reporters,
     samples,
     step,
+    stopping,
 )
 from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml, profiled_steps
 from gpt2_flax.data import batches, opening, show
@@ -61,6 +61,7 @@ def train(config: TrainConfig) -> int:
 
     # ------------------------------------------------------------ check
     with contextlib.ExitStack() as cleanup:
+        stop = cleanup.enter_context(stopping.StopRequest())
         holds_a_run = (output_dir / SETTINGS_FILE).is_file()
         if holds_a_run:
             cleanup.enter_context(locked(output_dir))
@@ -120,7 +121,7 @@ def train(config: TrainConfig) -> int:
 
         state, stopped_by = loop(
             run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger,
-            sample_now, trace,
+            sample_now, trace, stop,
         )  # fmt: skip
         opening.warn_of_stream(train_rows)
         if stopped_by is not None:
@@ -128,6 +129,7 @@ def train(config: TrainConfig) -> int:
             return 128 + stopped_by
 
         # -------------------------------------------------------- finish
+        stop.phase = stopping.FINISHING
         if sampler is not None and sampler.newest != int(state.step):
             sample_now(int(state.step), state.params)
         finish(run, config, state, tokenizer, output_dir, run_log)
@@ -388,36 +390,16 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
 # ---------------------------------------------------------------- loop
 
 
-class StopRequest:
-    """Notes SIGINT and SIGTERM while training; a second SIGINT ends the process at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        if self.signal is not None and number == signal.SIGINT:
-            os._exit(130)
-        self.signal = number
-        with contextlib.suppress(OSError):  # Ctrl-C also ends the `tee` that reads this
-            os.write(2, b"\nstopping: the step is finished and saved first\n")
-
-
 class InterruptedEvaluationError(Exception):
     """An evaluation was cut short by a stop request."""
 
 
 def loop(
-    run, config, state, meta, rows, held_out, checkpoints, run_log, ledger, sample_now, trace
+    run, config, state, meta, rows, held_out, checkpoints, run_log, ledger, sample_now, trace,
+    stop,
 ):  # fmt: skip
     """Train to the last step. Returns (state, the signal that stopped it early or None)."""
+    stop.phase = stopping.STARTING
     n = first = int(state.step)
     cursor, evaluated = meta["cursor"], meta["evaluated"]
     meter = metrics.Meter(meta, run.flops, run.peak, config.max_bad_steps)
@@ -486,7 +468,6 @@ def loop(
     )
 
     with contextlib.ExitStack() as cleanup:
-        stop = cleanup.enter_context(StopRequest())
         for opened in (progress, ready, trace):
             cleanup.enter_context(contextlib.closing(opened))
         # A stop request may have cut off the evaluation that belongs to this step.
@@ -498,6 +479,7 @@ def loop(
         for batch, numbers, cursor in ready:
             with trace.annotated(n + 1):
                 state, values = run.train_step(state, batch)
+            stop.phase = stopping.RUNNING
             n += 1
             if ledger is not None:
                 ledger.write({"step": n, "rows": numbers.tolist()})

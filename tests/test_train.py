@@ -308,7 +308,7 @@ def test_a_stop_outlives_the_reader_of_its_words(run, tmp_path, monkeypatch):
     def broken(*words):
         raise BrokenPipeError
 
-    monkeypatch.setattr("gpt2_flax.train.os.write", broken)
+    monkeypatch.setattr("gpt2_flax.stopping.os.write", broken)
     monkeypatch.setattr(metrics, "print", broken, raising=False)
     stop_at(monkeypatch, 2, signal.SIGINT)
     assert run(tmp_path) == 130

@@ -1,0 +1,80 @@
+"""Ctrl-C and SIGTERM: what is at hand is finished and saved first, and a second Ctrl-C isn't asked.
+
+Python runs a signal's handler in the main thread, and only when that comes back from the device:
+after a step, or after a whole compilation. So a thread of its own hears of signals too, says so,
+and ends the process at once where nothing would be lost by it.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What the run is doing, and with it what a signal does.
+PREPARING = "preparing"  # Interrupted is raised: what was begun is taken back
+STARTING = "starting"  # the first step is compiled: the process ends at once
+RUNNING = "running"  # it is noted, for the loop to see
+FINISHING = "finishing"  # nothing: the model is written out, which takes seconds
+
+
+class Interrupted(KeyboardInterrupt):  # noqa: N818 (it is no error)
+    """A signal came before there was anything to save."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class StopRequest:
+    """Within it, SIGINT and SIGTERM are a request to stop. `signal`: which came; None for none."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.phase = PREPARING
+
+    def __enter__(self):
+        self.heard, self.told = os.pipe()
+        os.set_blocking(self.told, False)
+        self.listener = threading.Thread(target=self.listen, name="stopping", daemon=True)
+        self.listener.start()
+        self.fd_before = signal.set_wakeup_fd(self.told, warn_on_full_buffer=False)
+        self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.fd_before)
+        os.close(self.told)
+        self.listener.join()
+        os.close(self.heard)
+
+    def note(self, number, frame):
+        """In the main thread, when that has time."""
+        self.signal = number
+        if self.phase == PREPARING:
+            raise Interrupted(number)
+
+    def listen(self):
+        """In the thread: hear of signals at once."""
+        n_heard = 0
+        while number := os.read(self.heard, 1):  # nothing, once the other end is closed
+            if number[0] not in SIGNALS:
+                continue
+            n_heard += 1
+            if self.phase == STARTING:
+                tell("stopped: nothing was done yet that is not saved")
+                os._exit(128 + number[0])
+            if n_heard > 1 and number[0] == signal.SIGINT:
+                tell("stopped at once")
+                os._exit(128 + number[0])
+            if self.phase == RUNNING and n_heard == 1:
+                tell("stopping: the step is finished and saved first")
+            if self.phase == FINISHING:
+                tell("the run is complete; its model is being written")
+
+
+def tell(words: str) -> None:
+    with contextlib.suppress(OSError):  # Ctrl-C also ends the `tee` that reads this
+        os.write(2, f"\n{words}\n".encode())
