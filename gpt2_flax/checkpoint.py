@@ -20,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from gpt2_flax import manifest
 from gpt2_flax.errors import CheckpointError, StorageError, UserError, say
+from gpt2_flax.run_files import describe_room, free_bytes
 
 FOLDER = "checkpoints"
 TRASH = ".trash"  # below FOLDER: a checkpoint is renamed into it, at once, and then deleted
@@ -55,6 +56,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
         )
         self.saving = None  # the step that is being saved
+        self.needed = 0  # its bytes
         self.cleaner: threading.Thread | None = None
         self.verified: dict[int, dict] = {}  # meta of the steps whose files were checked
         with storage_errors(self.folder):
@@ -100,24 +102,55 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
         )
-        with storage_errors(self.folder):
+        with self.storage_errors():
             self.manager.wait_until_finished()
             self.empty_trash()
-            self.saving = step
+            self.saving, self.needed = step, bytes_of(state)
             if not self.manager.save(step, args=items, metrics=metrics):
                 raise RuntimeError(f"Orbax skipped the checkpoint of step {step}")
 
     def wait(self) -> None:
         """Return when what was saved is on disk. Raises StorageError where it is not."""
-        with storage_errors(self.folder):
+        with self.storage_errors():
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
 
+    def confirm(self, step: int) -> None:
+        """Raise StorageError where what is on disk of a step is not what was saved."""
+        self.wait()
+        try:
+            self.verify(step)
+        except manifest.DamagedError as error:
+            raise StorageError(
+                f"checkpoint {step} in {self.folder} was saved and is damaged: {error}\n"
+                "  the disk may be faulty; the same command goes on from an older one"
+            ) from error
+
     def close(self) -> None:
-        with storage_errors(self.folder):
+        with self.storage_errors():
             self.manager.close()
         self.empty_trash()
         self.cleaner.join()
+
+    @contextlib.contextmanager
+    def storage_errors(self):
+        """`storage_errors` of this folder, which also leaves no part of a failed save behind."""
+        try:
+            with storage_errors(self.folder, lambda: self.needed):
+                yield
+        except StorageError:
+            for partial in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def warn_of_room(self, state) -> None:
+        """Say so where the disk has no room for two checkpoints of a state, or what is missing."""
+        needed = bytes_of(state) * max(1, 2 - len(self.names()))
+        if (free := free_bytes(self.folder)) < needed:
+            say(
+                f"the next checkpoints may not fit into {self.folder}:"
+                f" {describe_room(needed, free)}"
+            )
 
     def newest_meta(self) -> tuple[int, dict | None]:
         """(step, meta item) of the newest checkpoint that is whole; 0, None without any.
@@ -227,30 +260,35 @@ def best_first(metrics) -> float:
     return -metrics[METRIC]
 
 
-class storage_errors:  # noqa: N801
-    """Context that turns what a failing file system makes Orbax raise into a StorageError."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        text = f"{error}"
-        signs = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota", "Read-only", "Permission")
-        if isinstance(error, OSError) or (error and any(sign in text for sign in signs)):
-            free = free_bytes(self.folder)
-            raise StorageError(
-                f"cannot save a checkpoint in {self.folder}: {text.strip()[:160]}\n"
-                f"  {free / 1e9:.1f} GB are free there; make room and run the same command again"
-            ) from error
+REFUSALS = re.compile(
+    "No space left on device|Disk quota exceeded|Read-only file system|Permission denied"
+    "|File too large|RESOURCE_EXHAUSTED"
+)
 
 
-def free_bytes(folder: pathlib.Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+@contextlib.contextmanager
+def storage_errors(folder: pathlib.Path, needed: Callable[[], int] = lambda: 0):
+    """Context that turns what a failing file system makes Orbax raise into a StorageError.
+
+    needed: bytes of what is being saved.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = REFUSALS.search(f"{error}")
+        if not isinstance(error, OSError) and found is None:
+            raise
+        reason = found[0] if found else f"{error}".strip()[:160]
+        raise StorageError(
+            f"cannot save a checkpoint in {folder}: {reason}\n"
+            f"  {describe_room(needed(), free_bytes(folder))}; make room and run the same command"
+            " again"
+        ) from error
+
+
+def bytes_of(tree) -> int:
+    """Bytes of a tree of arrays, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def locate(path, step: int | None) -> pathlib.Path:

@@ -154,6 +154,11 @@ class TrainConfig:
         "steps in a row whose loss or gradient may not be finite; each is left out, and after"
         " more of them the run ends",
     )
+    replica_check_every: int = setting(
+        1000,
+        "steps between two comparisons of the devices' copies of the model and the optimizer,"
+        " which are also compared before each save; 0: never",
+    )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "type of activations; parameters and optimizer stay float32"
     )
@@ -189,7 +194,7 @@ class TrainConfig:
     save_every: int | str = setting(
         250,
         "steps between checkpoints, or '1 epoch', '100M tokens', at most a quarter of the run;"
-        " or '30 minutes'; 0: only at the end",
+        " or '30 minutes'; so is each that is the best yet by validation loss; 0: only the last",
         units=("steps", "epochs", "tokens", "time"),
     )
     keep: int = setting(2, "newest checkpoints to keep, beside the best by validation loss")
@@ -236,7 +241,7 @@ FREE_ON_RESUME = {
     "output_dir", "cache_dir", "parallel", "log_every", "eval_every", "eval_rows",
     "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
     "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger", "profile", "remat",
-    "max_bad_steps",
+    "max_bad_steps", "replica_check_every",
 }  # fmt: skip
 
 
@@ -317,7 +322,7 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
     at_least_0 = ("max_steps", "eval_every", "eval_rows", "save_every", "sample_tokens",
                   "weight_decay", "grad_clip", "warmup_steps", "min_learning_rate",
                   "vocab_size", "tokenize_processes", "show_data", "decay_steps",
-                  "max_bad_steps")  # fmt: skip
+                  "max_bad_steps", "replica_check_every")  # fmt: skip
     above_0 = ("learning_rate", "epochs", "adam_epsilon")
     shares = ("dropout", "beta1", "beta2", "validation_share")
     require_each(at_least_1, lambda value: value >= 1, "at least 1")

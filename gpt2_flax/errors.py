@@ -38,10 +38,32 @@ class NumericsError(UserError):
     exit_code = 5
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal came before there was anything to save. number: which."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 def say(line: str) -> None:
     """A note to whoever runs the command. The work outlives its reader (`2>&1 | head`)."""
     with contextlib.suppress(BrokenPipeError):
         print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts():
+    """Context in which SIGTERM raises Interrupted, as Ctrl-C does KeyboardInterrupt."""
+
+    def interrupt(number, frame):
+        raise Interrupted(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_main(main, argv: list[str]) -> int:
@@ -51,7 +73,8 @@ def run_main(main, argv: list[str]) -> int:
     exception is a bug of ours and keeps its traceback (exit code 1).
     """
     try:
-        return main(argv) or 0
+        with sigterm_interrupts():
+            return main(argv) or 0
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()

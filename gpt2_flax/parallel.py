@@ -10,9 +10,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"
+UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes
 
 
 def mesh() -> Mesh:
@@ -78,9 +81,55 @@ def compile_eval_step(step: Callable, engine: str) -> Callable:
     return jax.jit(step_on_whole_batch, out_shardings=replicated())
 
 
+def checksums(tree) -> jax.Array:
+    """uint32 (devices,): a sum over each device's own copy of a replicated tree.
+
+    One flipped bit anywhere in a copy changes its sum: words are weighted with odd numbers.
+    """
+    sharding = replicated()
+    here = jax.tree.map(  # pmap's arrays are copies too, under a sharding of its own
+        lambda x: jax.make_array_from_single_device_arrays(
+            x.shape, sharding, [shard.data for shard in x.addressable_shards]
+        ),
+        tree,
+    )
+    return sum_copies(sharding.mesh)(here)
+
+
+def differing_replicas(tree) -> list[jax.Device]:
+    """The devices whose copy of a replicated tree is not that of most; all where none is."""
+    sums = np.asarray(checksums(tree))
+    values, counts = np.unique(sums, return_counts=True)
+    if len(values) == 1:
+        return []
+    most = values[counts.argmax()] if 2 * counts.max() > len(sums) else None
+    return [
+        device for device, of_it in zip(jax.local_devices(), sums, strict=True) if of_it != most
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def sum_copies(mesh: Mesh) -> Callable:
+    def of_one(tree):
+        return sum(map(weighted_sum, jax.tree.leaves(tree)))[None]
+
+    return jax.jit(
+        jax.shard_map(
+            of_one, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(AXIS),
+            check_vma=False,
+        )
+    )  # fmt: skip
+
+
+def weighted_sum(x) -> jax.Array:
+    words = jax.lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
+    weights = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
+    return (words.ravel() * weights).sum(dtype=jnp.uint32)
+
+
 def merge_devices(x, axis: int):
     """Move the leading device axis in front of `axis + 1` and merge the two."""
-    moved = jax.numpy.moveaxis(x, 0, axis)
+    moved = jnp.moveaxis(x, 0, axis)
     return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
 
 

@@ -3,26 +3,46 @@
 import contextlib
 import os
 import pathlib
+import shutil
 
 from gpt2_flax.errors import StorageError
 
 
 @contextlib.contextmanager
-def storage_errors(path):
-    """Turn the file system's refusal into a StorageError that names the file and a remedy."""
+def storage_errors(path, needed: int = 0):
+    """Turn the file system's refusal into a StorageError that names the file and a remedy.
+
+    needed: bytes of what is written, where that is much.
+    """
     try:
         yield
     except OSError as error:
         raise StorageError(
-            f"cannot write {path}: {error.strerror}\n"
-            "  make room, or make it writable, and run the same command again"
+            f"cannot write {path}: {error.strerror or error}\n"
+            f"  {describe_room(needed, free_bytes(path))}; make room, or make it writable, and run"
+            " the same command again"
         ) from error
+
+
+def describe_room(needed: int, free: int) -> str:
+    if not needed:
+        return f"{free / 1e9:.3f} GB are free there"
+    return f"{needed / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB free"
+
+
+def free_bytes(path) -> int:
+    """Of the file system that a path is on, or would be."""
+    folder = pathlib.Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def replace_file(path, content: bytes) -> None:
     """Write a file beside its place and move it there. Raises StorageError."""
     path = pathlib.Path(path)
     temporary = path.with_suffix(".tmp")
-    with storage_errors(path):
+    with storage_errors(path, len(content)), contextlib.ExitStack() as undo:
+        undo.callback(temporary.unlink, missing_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, path)

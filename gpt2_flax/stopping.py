@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is at hand is finished and saved first, and a second Ctrl-C isn't asked.
+"""Ctrl-C and SIGTERM: the step at hand is finished and saved first. A second Ctrl-C ends at once.
 
 Python runs a signal's handler in the main thread, and only when that comes back from the device:
 after a step, or after a whole compilation. So a thread of its own hears of signals too, says so,
@@ -10,20 +10,14 @@ import os
 import signal
 import threading
 
+from gpt2_flax.errors import Interrupted
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What the run is doing, and with it what a signal does.
 PREPARING = "preparing"  # Interrupted is raised: what was begun is taken back
 STARTING = "starting"  # the first step is compiled: the process ends at once
 RUNNING = "running"  # it is noted, for the loop to see
 FINISHING = "finishing"  # nothing: the model is written out, which takes seconds
-
-
-class Interrupted(KeyboardInterrupt):  # noqa: N818 (it is no error)
-    """A signal came before there was anything to save."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
 
 
 class StopRequest:

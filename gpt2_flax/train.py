@@ -6,6 +6,7 @@ import fcntl
 import functools
 import itertools
 import logging
+import math
 import os
 import pathlib
 
@@ -29,6 +30,7 @@ from gpt2_flax import (
     profiling,
     report,
     reporters,
+    run_files,
     samples,
     step,
     stopping,
@@ -62,6 +64,7 @@ def train(config: TrainConfig) -> int:
     # ------------------------------------------------------------ check
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(stopping.StopRequest())
+        cleanup.enter_context(never_left_early())
         holds_a_run = (output_dir / SETTINGS_FILE).is_file()
         if holds_a_run:
             cleanup.enter_context(locked(output_dir))
@@ -111,6 +114,7 @@ def train(config: TrainConfig) -> int:
             ledger.forget_after(int(state.step))
         about_text = describe_text(config, train_rows, held_out, about_text)
         describe_run(run, config, about_text, state, trace)
+        checkpoints.warn_of_room(state)
 
         # -------------------------------------------------------- loop
         def sample_now(n, params):
@@ -342,6 +346,15 @@ def make_trace(config, output_dir, total_steps) -> profiling.StepTrace:
     return profiling.StepTrace(output_dir, span)
 
 
+@contextlib.contextmanager
+def never_left_early():
+    """Context in which an exit that is not ours does not pass for the end of the run."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"something called sys.exit({error.code!r}) during the run") from error
+
+
 # ---------------------------------------------------------------- restore
 
 
@@ -381,6 +394,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         "settings": yaml.safe_load(dump_yaml(config)),
         "cursor": rows.start,
         "evaluated": 0,
+        "best_validation_loss": None,
         **metrics.NOTHING_BEFORE,
         "seconds_a_step": run.seconds_a_step,
     }
@@ -401,7 +415,7 @@ def loop(
     """Train to the last step. Returns (state, the signal that stopped it early or None)."""
     stop.phase = stopping.STARTING
     n = first = int(state.step)
-    cursor, evaluated = meta["cursor"], meta["evaluated"]
+    cursor, evaluated, best = meta["cursor"], meta["evaluated"], meta["best_validation_loss"]
     meter = metrics.Meter(meta, run.flops, run.peak, config.max_bad_steps)
     progress = metrics.Progress(run.total_steps, n)
 
@@ -448,13 +462,40 @@ def loop(
 
     def save_now(validation_loss):
         report(meter.flush())
-        about = meter.snapshot() | {"cursor": cursor, "evaluated": evaluated}
+        about = meter.snapshot() | {
+            "cursor": cursor, "evaluated": evaluated, "best_validation_loss": best,
+        }  # fmt: skip
         if not is_finite(state):
             raise NumericsError(
                 f"step {n}: parameters or optimizer are not finite numbers; not saved\n"
                 f"  {metrics.STEADIER}"
             )
+        if config.replica_check_every:
+            check_replicas()
         checkpoints.save(n, state._asdict(), meta | about, validation_loss)
+
+    def check_replicas():
+        differing = parallel.differing_replicas(state)
+        if differing:
+            raise NumericsError(
+                f"step {n}: the copies of the model and the optimizer on {jax.device_count()}"
+                f" devices differ, that of {' or '.join(map(str, differing))} from the others;"
+                " not saved\n  a device or its memory may be faulty; the same command goes on"
+                " from the newest checkpoint"
+            )
+
+    def is_best(loss):
+        """Whether it is the lowest validation loss yet, of which a checkpoint is kept."""
+        nonlocal best
+        if (
+            not config.save_every
+            or loss is None
+            or not math.isfinite(loss)
+            or (best is not None and loss >= best)
+        ):
+            return False
+        best = loss
+        return True
 
     def is_due(interval):
         return interval.is_due(n) or n == run.total_steps
@@ -498,16 +539,18 @@ def loop(
                     with contextlib.suppress(InterruptedEvaluationError):
                         validation_loss = evaluate_now()
                     run.evaluating.done()
-                if is_due(run.saving) or stop.signal:
+                if is_best(validation_loss) or is_due(run.saving) or stop.signal:
                     save_now(validation_loss)
                     run.saving.done()
+                elif config.replica_check_every and n % config.replica_check_every == 0:
+                    check_replicas()
                 if trace.begins_at(n + 1) and not stop.signal:
                     report(meter.flush())
                     trace.start()
             if stop.signal:
                 break
         report(meter.flush())
-        checkpoints.wait()  # here, where a second SIGTERM cannot end it half written
+        checkpoints.confirm(n)
     stopped_early = n < run.total_steps or (held_out is not None and evaluated < n)
     return state, stop.signal if stopped_early else None
 
@@ -542,11 +585,11 @@ def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
     model = FlaxGPT2LMHeadModel(
         run.model_config, dtype=run.module.dtype, params=jax.device_get(state.params)
     )
-    try:
+    with run_files.storage_errors(
+        f"{output_dir}/model.safetensors", checkpoint.bytes_of(state.params)
+    ):
         model.save_pretrained(output_dir)
         tokenizer.save(output_dir)
-    except OSError as error:
-        raise StorageError(f"cannot write the model into {output_dir}: {error}") from error
     curves.draw(metrics.read_log(run_log.path), output_dir / curves.PLOT_FILE)
 
 

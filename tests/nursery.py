@@ -36,10 +36,12 @@ class Nursery:
             env=environment,
         )  # fmt: skip
 
-    def start(self, argv: list[str], devices: int = 1) -> "Run":
+    def start(self, argv: list[str], devices: int = 1, hook: list | None = None) -> "Run":
+        """hook: name of a function of tests.faults.hooks and its arguments, called first."""
         self.n_runs += 1
         output = self.folder / f"run {self.n_runs}.out"
-        return Run(self, self.ask("start", argv=argv, devices=devices, output=str(output)), output)
+        pid = self.ask("start", argv=argv, devices=devices, output=str(output), hook=hook)
+        return Run(self, pid, output)
 
     def ask(self, what: str, **arguments):
         self.process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
@@ -76,6 +78,9 @@ class Run:
         os.kill(self.pid, number)
 
     def text(self) -> str:
+        """What it has written: "begun" once it runs, and then what the script does."""
+        if not self.output.exists():
+            return ""
         return self.output.read_text("utf-8", errors="replace")
 
 
@@ -107,6 +112,7 @@ def live(request: dict) -> None:
     """In the child: be the run."""
     from gpt2_flax.errors import run_main
     from scripts.train import main
+    from tests.faults import hooks
 
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -116,6 +122,10 @@ def live(request: dict) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     code = 1
     try:
+        if request["hook"]:
+            name, *arguments = request["hook"]
+            getattr(hooks, name)(*arguments)
+        print("begun", flush=True)
         code = run_main(main, request["argv"])
     except BaseException:
         import traceback
