@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 
@@ -38,18 +39,9 @@ class Checkpoints:
         """
         self.refuse = refuse or (lambda meta: None)
         self.folder = pathlib.Path(output_dir).absolute() / FOLDER
-        policies = checkpoint_managers
-        # best_fn with max_to_keep would delete the newest checkpoint when it is not the best.
-        preservation = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(keep),
-                policies.BestN(
-                    get_metric_fn=best_first, n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation,
+            preservation_policy=preservation_policy(keep),
+            best_fn=best_first,  # without it, Orbax does not write the metrics down
             cleanup_tmp_directories=True,
             create=True,
             todelete_subdir=TRASH,
@@ -97,8 +89,6 @@ class Checkpoints:
 
         Raises StorageError for what went wrong since the last call, too.
         """
-        finite = validation_loss is not None and math.isfinite(validation_loss)
-        metrics = {METRIC: validation_loss} if finite else None
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
         )
@@ -106,7 +96,7 @@ class Checkpoints:
             self.manager.wait_until_finished()
             self.empty_trash()
             self.saving, self.needed = step, bytes_of(state)
-            if not self.manager.save(step, args=items, metrics=metrics):
+            if not self.manager.save(step, args=items, metrics=as_metrics(validation_loss)):
                 raise RuntimeError(f"Orbax skipped the checkpoint of step {step}")
 
     def wait(self) -> None:
@@ -255,15 +245,32 @@ def kinds(tree) -> dict[str, str]:
     }
 
 
+def preservation_policy(keep: int):
+    """Which checkpoints stay: the newest, and the one of lowest validation loss.
+
+    (Orbax's best_fn with max_to_keep would delete the newest when it is not the best.)
+    """
+    policies = checkpoint_managers
+    best = policies.BestN(get_metric_fn=best_first, n=1, keep_checkpoints_without_metrics=False)
+    return policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+
+
+def as_metrics(validation_loss: float | None) -> dict | None:
+    """What Orbax may know of it: a NaN there would make it delete the best."""
+    is_number = validation_loss is not None and math.isfinite(validation_loss)
+    return {METRIC: validation_loss} if is_number else None
+
+
 def best_first(metrics) -> float:
     """BestN keeps the largest."""
     return -metrics[METRIC]
 
 
-REFUSALS = re.compile(
-    "No space left on device|Disk quota exceeded|Read-only file system|Permission denied"
-    "|File too large|RESOURCE_EXHAUSTED"
-)
+# What is said in the words of the system, and what TensorStore makes of it.
+REFUSALS = (
+    "No space left on device", "Disk quota exceeded", "Read-only file system",
+    "Permission denied", "File too large", "RESOURCE_EXHAUSTED",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -275,15 +282,44 @@ def storage_errors(folder: pathlib.Path, needed: Callable[[], int] = lambda: 0):
     try:
         yield
     except Exception as error:
-        found = REFUSALS.search(f"{error}")
-        if not isinstance(error, OSError) and found is None:
+        text = f"{error}"
+        found = [reason for reason in REFUSALS if reason in text]
+        if not isinstance(error, OSError) and not found:
             raise
-        reason = found[0] if found else f"{error}".strip()[:160]
+        reason = found[0] if found else text.strip()[:160]
         raise StorageError(
             f"cannot save a checkpoint in {folder}: {reason}\n"
             f"  {describe_room(needed(), free_bytes(folder))}; make room and run the same command"
             " again"
         ) from error
+
+
+@contextlib.contextmanager
+def quiet_closed_loops():
+    """Keep back what TensorStore prints of a failed write whose event loop is closed already.
+
+    The failure itself is raised, where it is put into words of ours.
+    """
+    names = ("excepthook", "unraisablehook")
+    before = {name: getattr(sys, name) for name in names}
+
+    def is_that(error) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    def excepthook(kind, error, traceback):
+        if not is_that(error):
+            before["excepthook"](kind, error, traceback)
+
+    def unraisablehook(about):
+        if not is_that(about.exc_value):
+            before["unraisablehook"](about)
+
+    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
+    try:
+        yield
+    finally:
+        for name, hook in before.items():
+            setattr(sys, name, hook)
 
 
 def bytes_of(tree) -> int:

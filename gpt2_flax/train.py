@@ -65,6 +65,7 @@ def train(config: TrainConfig) -> int:
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(stopping.StopRequest())
         cleanup.enter_context(never_left_early())
+        cleanup.enter_context(checkpoint.quiet_closed_loops())
         holds_a_run = (output_dir / SETTINGS_FILE).is_file()
         if holds_a_run:
             cleanup.enter_context(locked(output_dir))
@@ -113,8 +114,8 @@ def train(config: TrainConfig) -> int:
         if ledger is not None:
             ledger.forget_after(int(state.step))
         about_text = describe_text(config, train_rows, held_out, about_text)
-        describe_run(run, config, about_text, state, trace)
         checkpoints.warn_of_room(state)
+        describe_run(run, config, about_text, state, trace)
 
         # -------------------------------------------------------- loop
         def sample_now(n, params):
@@ -671,6 +672,7 @@ def describe_run(run, config, about_text, state, trace) -> None:
 
 def quiet_libraries() -> None:
     """Our own words only: the libraries' notes to developers are not for who trains."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # What Orbax logs as an error it also raises, where it is put into words of ours.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

