@@ -521,7 +521,7 @@ def a_pickle_to_train_on(folder, world, name):
     return train_on(folder, train_file=path)
 
 
-@artefact(0, "cbuiltins|c__builtin__")
+@artefact(0, "training text: 1 document")
 def a_pickle_that_is_text(folder, world):
     """Protocol 0 is ASCII: it is shown, and would be trained on, like any other text."""
     (folder / "a.pkl").write_bytes(pickled(world, protocol=0) * 9)
