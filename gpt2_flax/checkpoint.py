@@ -50,6 +50,8 @@ class Checkpoints:
         self.saving = None  # the step that is being saved
         self.needed = 0  # its bytes
         self.cleaner: threading.Thread | None = None
+        if (self.folder / TRASH).is_symlink():  # what is put aside stays in this folder
+            (self.folder / TRASH).unlink()
         self.verified: dict[int, dict] = {}  # meta of the steps whose files were checked
         with storage_errors(self.folder):
             self.manager = ocp.CheckpointManager(
@@ -172,9 +174,10 @@ class Checkpoints:
             manifest.check(directory, step)
             try:
                 meta = read_meta(directory)
+                reason = self.refuse(meta)
             except Exception as error:  # Orbax raises whatever it pleases
                 raise manifest.DamagedError(f"meta cannot be read: {first_line(error)}") from error
-            if reason := self.refuse(meta):
+            if reason:
                 raise manifest.DamagedError(reason)
             self.verified[step] = meta
         return self.verified[step]
@@ -228,7 +231,11 @@ def check_types(directory: pathlib.Path, like) -> None:
     """
     with ocp.PyTreeCheckpointer() as checkpointer:
         stored = kinds(checkpointer.metadata(directory / "state").item_metadata.tree)
-    wanted = kinds(like)
+    compare(stored, kinds(like))
+
+
+def compare(stored: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise DamagedError that names an array of another kind, or of one of them alone."""
     for name in sorted(stored.keys() ^ wanted.keys()):
         where = "the checkpoint" if name in wanted else "the run"
         raise manifest.DamagedError(f"{where} has no {name}")
@@ -382,6 +389,10 @@ def read_params(directory: pathlib.Path, like) -> dict:
 
     like: tree of the parameters' shapes and types.
     """
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(directory / "state").item_metadata.tree
+    # Before anything is allocated: Orbax takes the shapes that the files claim.
+    compare(kinds(tree["params"]), kinds(like))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=here), target)
@@ -398,5 +409,9 @@ def read_params(directory: pathlib.Path, like) -> dict:
 
 
 def read_meta(directory: pathlib.Path) -> dict:
+    """Raises ValueError for a file that is none of ours, and what Orbax raises."""
+    size = (directory / "meta" / "metadata").stat().st_size
+    if size > manifest.MAX_JSON_BYTES:
+        raise ValueError(f"it has {size} bytes")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return checkpointer.restore(directory / "meta")

@@ -20,6 +20,7 @@ from gpt2_flax.settings import (
     closest,
     convert,
     fields_of,
+    find_secrets,
     plain,
     read_yaml,
     setting,
@@ -29,6 +30,7 @@ from gpt2_flax.settings import (
 # WikiText left its short name; the hub knows it by this one.
 DATASET_ALIASES = {"wikitext": "Salesforce/wikitext"}
 EMBEDDED_DATASET = "python_stdlib"
+MAX_LAYERS = 1024  # each is traced by itself: GPT-2 XL has 48
 MAX_PROFILED = 100  # steps: a trace holds every operation of each, in memory at first
 
 
@@ -335,6 +337,7 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
         lambda value: value < 2**31,
         "below 2**31",
     )
+    require_each(("n_layers",), lambda value: value <= MAX_LAYERS, f"at most {MAX_LAYERS}")
     require_each(("epochs",), lambda value: value <= 1e6, "at most 1000000")
     require_each(("pad_vocab_to_multiple_of",), lambda value: value <= 2**16, "at most 65536")
     require_each(("seed",), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
@@ -407,7 +410,7 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
             f"profile {plain(c.profile)} goes beyond max_steps {c.max_steps}\n"
             "  trace earlier steps",
         )
-    return faults + find_conflicts(c, given, doubtful)
+    return faults + find_secrets(c) + find_conflicts(c, given, doubtful)
 
 
 def profiled_steps(text: str) -> tuple[int, int] | None:

@@ -1,9 +1,21 @@
 """What a user is told: errors, what each makes the process return, and notes on the way."""
 
 import contextlib
+import os
+import re
 import signal
 import sys
 import traceback
+
+# Names of environment variables that hold secrets, such as HF_TOKEN and WANDB_API_KEY; not those
+# that say where one lies, nor TOKENIZERS_PARALLELISM.
+SECRET_NAME = re.compile(
+    r"(.*_)?(API_?KEY|KEY|TOKENS?|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_.*)?(?<!_(PATH|FILE))"
+    r"(?<!_DIR)",
+    re.IGNORECASE,
+)
+SHORTEST_SECRET = 8  # characters; what is shorter, such as "true", stands in many a text
+PASSWORD_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,15}://)[^\s/@'\"]+@", re.IGNORECASE)
 
 
 class UserError(ValueError):
@@ -46,10 +58,28 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+def redacted(text: str) -> str:
+    """A text without secrets: those in the environment, and who logs in by a URL."""
+    secrets = {
+        value: name
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST_SECRET and SECRET_NAME.fullmatch(name)
+    }
+    for value in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(value, f"<{secrets[value]}>")
+    return PASSWORD_IN_URL.sub(r"\1...@", text)
+
+
 def say(line: str) -> None:
     """A note to whoever runs the command. The work outlives its reader (`2>&1 | head`)."""
     with contextlib.suppress(BrokenPipeError):
-        print(line, file=sys.stderr, flush=True)
+        print(redacted(line), file=sys.stderr, flush=True)
+
+
+def print_traceback(kind, error, trace) -> None:
+    """Python's own report of an exception, without secrets."""
+    lines = traceback.format_exception(kind, error, trace)
+    print(redacted("".join(lines)), end="", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -70,15 +100,16 @@ def run_main(main, argv: list[str]) -> int:
     """Run `main(argv)` and turn what it raises into an exit code.
 
     A `UserError` is printed without its traceback unless `--debug` is given; any other
-    exception is a bug of ours and keeps its traceback (exit code 1).
+    exception is a bug of ours and keeps its traceback (exit code 1). Neither shows a secret.
     """
+    sys.excepthook = print_traceback
     try:
         with sigterm_interrupts():
             return main(argv) or 0
     except UserError as error:
         if "--debug" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+            print_traceback(*sys.exc_info())
+        print(redacted(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)

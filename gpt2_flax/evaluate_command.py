@@ -21,6 +21,7 @@ from gpt2_flax.settings import (
     add_settings,
     convert,
     fields_of,
+    find_secrets,
     setting,
     shown,
     wide_help,
@@ -148,7 +149,7 @@ def find_faults(c: EvaluateConfig, given: set[str]) -> list[str]:
             "  name the directory that the run has saved it in"
         )
     faults += [f"{name} has no effect {why}" for name, why in find_conflicts(c, given)]
-    return faults
+    return faults + find_secrets(c)
 
 
 def find_conflicts(c: EvaluateConfig, given: set[str]):

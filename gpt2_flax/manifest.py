@@ -15,6 +15,7 @@ import xxhash
 
 FILE = "manifest.json"
 VERSION = 1
+MAX_JSON_BYTES = 1 << 26
 CHUNK_BYTES = 1 << 26  # hashed by one thread at a time
 # Orbax writes these two after the manifest. The first says when it did so, which nothing here
 # depends on: it is compared without that. The second holds a sentence and is never read.
@@ -58,9 +59,10 @@ def check(directory: pathlib.Path, step: int) -> None:
     if FILE not in found:
         raise DamagedError(f"{FILE} is missing")
     try:
-        whole = json.loads(path.read_text("utf-8"))
+        whole = read_json(path)
         body, digest = whole["body"], whole["digest"]
-        files, metadata = body["files"], body["metadata"]
+        files, metadata = dict(body["files"]), body["metadata"]
+        sizes = {name: files[name]["bytes"] for name in files}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{FILE} cannot be read") from error
     if digest_of(body) != digest or body["version"] != VERSION:
@@ -71,7 +73,7 @@ def check(directory: pathlib.Path, step: int) -> None:
         raise DamagedError(f"{name} is missing")
     for name in sorted(found - files.keys() - {FILE, STEP_METADATA, COMMITTED}):
         raise DamagedError(f"{name} was added")
-    for name, size in ((name, files[name]["bytes"]) for name in sorted(files)):
+    for name, size in sorted(sizes.items()):
         if (there := (directory / name).stat().st_size) != size:
             raise DamagedError(f"{name} has {there:,} bytes instead of {size:,}")
     try:
@@ -125,6 +127,13 @@ def digest_of_chunk(path: pathlib.Path, at: int) -> bytes:
     return hasher.digest()
 
 
+def read_json(path: pathlib.Path):
+    """Raises ValueError for a file longer than one of ours is."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"over {MAX_JSON_BYTES} bytes")
+    return json.loads(path.read_text("utf-8"))
+
+
 def digest_of(body) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
@@ -132,7 +141,7 @@ def digest_of(body) -> str:
 def step_metadata(directory: pathlib.Path) -> str:
     """A digest of what Orbax says of the whole step, but for the time at which it was done."""
     try:
-        found = json.loads((directory / STEP_METADATA).read_text("utf-8"))
+        found = read_json(directory / STEP_METADATA)
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{STEP_METADATA} cannot be read") from error
     if isinstance(found, dict):

@@ -17,6 +17,7 @@ from gpt2_flax.run_files import replace_file, storage_errors
 
 LOG_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.jsonl"
+MAX_ROW_BYTES = 1 << 20  # a ledger's row names all rows of a step
 STEADIER = (
     "in another --output_dir, lower --learning_rate or --grad_clip, lengthen --warmup_steps, or"
     " use --dtype float32"
@@ -117,17 +118,31 @@ class RunLog(StepLog):
 
 
 def read_log(path) -> list[dict]:
-    """The whole rows of a metrics.jsonl, in order; none where there is no file."""
+    """The whole rows of a metrics.jsonl, in order; none where there is no file.
+
+    Lines that are none of ours are left out: the file may be somebody else's.
+    """
     rows = []
-    if pathlib.Path(path).exists():
-        for line in pathlib.Path(path).read_text("utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "step" in row:
-                rows.append(row)
+    if pathlib.Path(path).is_file():
+        with open(path, "rb") as file:
+            while line := file.readline(MAX_ROW_BYTES):
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if is_row(row):
+                        rows.append(row)
     return rows
+
+
+def is_row(row) -> bool:
+    """Whether a JSON value is a row as it is written here: numbers, and a list of them."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    listed = row.get("rows") if isinstance(row.get("rows"), list) else []
+    others = [value for name, value in row.items() if name != "rows"]
+    return all(
+        value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
+        for value in (*others, *listed)
+    )
 
 
 # What a Meter of a new run starts from.

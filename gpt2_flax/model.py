@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import LazyRng
 
+from gpt2_flax.config import MAX_LAYERS
 from gpt2_flax.outputs import (
     FlaxBaseModelOutputWithPastAndCrossAttentions,
     FlaxCausalLMOutputWithCrossAttentions,
@@ -27,6 +28,7 @@ from gpt2_flax.outputs import (
 
 Array = jax.Array
 Dtype = Any
+MAX_SIZE = 2**26  # of an axis: beyond any GPT-2, and no product of two overflows
 
 
 def _gelu_tanh(x, cubic=0.044715):
@@ -69,13 +71,16 @@ def check_config(config) -> None:
     for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+        most = MAX_LAYERS if name == "n_layer" else MAX_SIZE
+        if getattr(config, name) > most:
+            raise ValueError(f"{name} must be at most {most}, got {getattr(config, name)}")
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {getattr(config, name)}")
     for name in ("layer_norm_epsilon", "initializer_range"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be 0 or more, got {getattr(config, name)}")
-    if config.n_inner is not None and config.n_inner < 1:
+    if config.n_inner is not None and not 1 <= config.n_inner <= MAX_SIZE:
         raise ValueError(
             f"n_inner must be at least 1, or None for 4 * n_embd, got {config.n_inner}"
         )

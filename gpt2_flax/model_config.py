@@ -50,7 +50,7 @@ def make_config(raw: dict, where: str, **overrides) -> transformers.GPT2Config:
         raise UserError(f"{where} is not a JSON object but a {type(raw).__name__}")
     model_type = raw.get("model_type") or "gpt2"
     if model_type not in ("gpt2", "gpt-sw3"):
-        raise UserError(f"{where} is for model_type {model_type!r}; this package reads gpt2")
+        raise UserError(f"{where} is for model_type {model_type!r:.40}; this package reads gpt2")
     # gpt-sw3 is GPT-2 with another tokenizer
     known = {k: v for k, v in raw.items() if k in MODEL_KEYS}
     attributes = transformers.GPT2Config.attribute_map
@@ -63,7 +63,7 @@ def make_config(raw: dict, where: str, **overrides) -> transformers.GPT2Config:
             config.output_attentions = attentions
         check_config(config)
     except Exception as error:  # the strict dataclass has errors of its own kind
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{where} names no GPT-2 that can be built: {reason}") from error
     for name in GENERATION_KEYS - MODEL_KEYS:
         if raw.get(name) is not None:  # GPT2Config itself would drop it

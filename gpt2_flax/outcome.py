@@ -63,9 +63,9 @@ def results(outcome: Outcome) -> list[tuple[str, str]]:
     """(name, value with its unit) of what was reached and what it took."""
     rows = outcome.rows
     found = [("steps", f"{outcome.step:,} of {outcome.rows_per_step:,} rows each")]
-    trained = last(rows, "train_loss")
+    trained = last(rows, "train_loss", "tokens")
     if trained:
-        epoch = f", {trained['epoch']:.2f} epochs" if "epoch" in trained else ""
+        epoch = f", {trained['epoch']:.2f} epochs" if has(trained, "epoch") else ""
         found += [
             ("tokens", f"{trained['tokens']:,}{epoch}"),
             (
@@ -78,7 +78,7 @@ def results(outcome: Outcome) -> list[tuple[str, str]]:
     if speeds:
         found.append(("speed", f"{statistics.median(speeds):,.0f} tokens/s, median of log points"))
         found.append(("MFU", mfu(rows, outcome.peak)))
-    if trained and "seconds" in trained:
+    if trained and has(trained, "seconds"):
         found.append(("time", f"{clock(trained['seconds'])} in all sessions"))
     for key, of in (
         ("device_peak_memory_bytes", "of the fullest device"),
@@ -94,7 +94,7 @@ def results(outcome: Outcome) -> list[tuple[str, str]]:
 
 
 def losses_of_validation(rows: list[dict]) -> list[tuple[str, str]]:
-    evaluated = [row for row in rows if row.get("validation_loss") is not None]
+    evaluated = [row for row in rows if has(row, "validation_loss", "perplexity")]
     if not evaluated:
         return [("validation loss", "not measured: no text was held out")]
     final, best = evaluated[-1], min(evaluated, key=lambda row: row["validation_loss"])
@@ -116,9 +116,13 @@ def mfu(rows: list[dict], peak: float | None) -> str:
     return f"{statistics.median(measured):.1%}{of}, median"
 
 
-def last(rows: list[dict], key: str) -> dict | None:
-    """The last row that has a value for a key."""
-    return next((row for row in reversed(rows) if row.get(key) is not None), None)
+def last(rows: list[dict], *keys: str) -> dict | None:
+    """The last row that has a value for each key."""
+    return next((row for row in reversed(rows) if has(row, *keys)), None)
+
+
+def has(row: dict, *keys: str) -> bool:
+    return all(row.get(key) is not None for key in keys)
 
 
 # ---------------------------------------------------------------- where and with what

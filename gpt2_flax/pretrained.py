@@ -18,7 +18,7 @@ import transformers
 from flax.core import FrozenDict, freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_flax import generation, weights
+from gpt2_flax import generation, memory, weights
 from gpt2_flax.errors import MissingFileError, UserError
 from gpt2_flax.model import FlaxGPT2LMHeadModule, FlaxGPT2Module, check_config, empty_cache
 from gpt2_flax.model_config import (
@@ -452,6 +452,7 @@ class FlaxGPT2PreTrainedModel:
         absent = set(fit.missing)
         redrawn = {path for path, _, _ in fit.mismatched}
         if redrawn or (absent and do_init):
+            check_room(self.params_shape_tree, where)
             drawn = flatten_dict(self.init_weights(self.key, self.input_shape))
             leaves |= {p: drawn[p] for p in redrawn | (absent if do_init else set())}
         self._missing_keys = frozenset() if do_init else frozenset(absent)
@@ -573,6 +574,16 @@ def param_shapes(config) -> dict:
     """The tree of a model's parameter shapes and types; nothing is computed."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(FlaxGPT2LMHeadModule(config).init, jax.random.key(0), ids)["params"]
+
+
+def check_room(shapes: dict, where: str) -> None:
+    """Raise UserError for a model too large for this machine, before it is drawn."""
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    if n_bytes > memory.host_bytes():
+        raise UserError(
+            f"{where} lacks weights, and to draw a model of its size would take"
+            f" {n_bytes / 1e9:,.0f} GB of memory\n  is its config.json the right one?"
+        )
 
 
 def cast_floating(params, dtype, mask=None) -> dict:

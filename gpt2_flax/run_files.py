@@ -5,7 +5,8 @@ import os
 import pathlib
 import shutil
 
-from gpt2_flax.errors import StorageError
+from gpt2_flax.errors import StorageError, UserError
+from gpt2_flax.settings import plain
 
 
 @contextlib.contextmanager
@@ -44,5 +45,22 @@ def replace_file(path, content: bytes) -> None:
     temporary = path.with_suffix(".tmp")
     with storage_errors(path, len(content)), contextlib.ExitStack() as undo:
         undo.callback(temporary.unlink, missing_ok=True)
+        temporary.unlink(missing_ok=True)  # a link that somebody put there would lead elsewhere
         temporary.write_bytes(content)
         os.replace(temporary, path)
+
+
+def refuse_links(directory: pathlib.Path, name: str, but: tuple[str, ...] = ()) -> None:
+    """Raise UserError where a directory that is written into holds a symbolic link.
+
+    A directory of somebody else's could lead what is written to any file of the user's.
+    name: of the directory's setting. but: names of files that are not written through links.
+    """
+    if directory.is_dir():
+        for path in sorted(directory.iterdir()):
+            if path.is_symlink() and path.name not in but:
+                raise UserError(
+                    f"{name} {directory} holds a symbolic link, {plain(path.name)}: what is"
+                    " written stays in the directory\n"
+                    "  put the file or folder itself there, or choose another directory"
+                )

@@ -24,6 +24,7 @@ DTYPES = {
 }  # fmt: skip
 CODES = {name: code for code, name in DTYPES.items()}
 MAX_DIMENSIONS = 16
+MAX_HEADER_BYTES = 10**8  # safetensors' own limit
 DAMAGED = "\n  it was cut short or altered: copy, download or save it again"
 
 
@@ -35,6 +36,7 @@ def read(path: pathlib.Path) -> dict[str, Entry]:
     type for, and where metadata and names contradict each other.
     """
     entries = {}
+    _check_length(path)
     try:
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
@@ -96,6 +98,17 @@ def _is_flax(metadata_format: str | None, names: list[str]) -> bool:
             f" kind: {foreign[0]!r:.80}\n  save it anew with the format that its kernels have"
         )
     return metadata_format == "flax"
+
+
+def _check_length(path: pathlib.Path) -> None:
+    """Refuse, before the file is mapped into memory, a header that it does not hold."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    longest = min(MAX_HEADER_BYTES, path.stat().st_size - 8)
+    if length > longest:
+        raise ValueError(
+            f"is damaged: its header claims {length} bytes, of at most {longest}{DAMAGED}"
+        )
 
 
 def _check_kind(name: str, found) -> None:

@@ -13,7 +13,7 @@ from gpt2_flax.run_files import replace_file
 
 SAMPLES_FILE = "samples.txt"
 TEMPERATURE, TOP_K = 0.8, 40
-HEADING = re.compile(r"step (\d+)")
+HEADING = re.compile(r"step ([0-9]{1,15})")
 INDENT = "    "
 
 

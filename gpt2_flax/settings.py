@@ -14,9 +14,10 @@ from typing import Literal
 import yaml
 
 from gpt2_flax import durations
-from gpt2_flax.errors import UserError
+from gpt2_flax.errors import UserError, redacted
 
 MAX_YAML_BYTES = 64 * 1024
+MOST_YAML_KEYS = 200  # thousands of unknown ones would each be compared with all that there are
 
 
 def setting(default, help, **metadata):
@@ -127,16 +128,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: str, flags_only: tuple[str, ...]) -> tuple[dict, list[str]]:
+def read_yaml(
+    path: str, flags_only: tuple[str, ...], limit: int = MAX_YAML_BYTES
+) -> tuple[dict, list[str]]:
     """What a YAML file of settings holds, and the faults of the file itself.
 
-    flags_only: names that have no effect in a file.
+    flags_only: names that have no effect in a file. limit: its longest length, in bytes.
     """
     try:
         with open(path, "rb") as file:
-            text = file.read(MAX_YAML_BYTES + 1)
-        if len(text) > MAX_YAML_BYTES:
-            return {}, [f"{path}: over {MAX_YAML_BYTES} bytes is too long for a configuration"]
+            text = file.read(limit + 1)
+        if len(text) > limit:
+            return {}, [f"{path}: over {limit} bytes is too long for a configuration"]
         loaded = _Loader(text.decode("utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
@@ -152,6 +155,8 @@ def read_yaml(path: str, flags_only: tuple[str, ...]) -> tuple[dict, list[str]]:
         return {}, []
     if not isinstance(loaded, dict):
         return {}, [f"{path}: expected lines of `name: value`, got {type(loaded).__name__}"]
+    if len(loaded) > MOST_YAML_KEYS:
+        return {}, [f"{path}: {len(loaded)} names are too many for a configuration"]
     faults = [
         f"{path}: {name} has no effect in a file\n  give it as a flag: --{name}"
         for name in flags_only
@@ -223,6 +228,16 @@ def convert_value(value, kind):
     return int(number)
 
 
+def find_secrets(config) -> list[str]:
+    """A fault for each setting that holds a password or a token: it would be kept in files."""
+    return [
+        f"{name} holds a secret: a URL's password, or the value of an environment variable\n"
+        "  leave it out: a run's settings are written into its files"
+        for name in fields_of(config)
+        if redacted(text := str(getattr(config, name))) != text
+    ]
+
+
 def describe(kind) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
@@ -248,7 +263,10 @@ def closest(name: str, known) -> list[str]:
 
 def shown(value) -> str:
     """A value from outside as a message can quote it: one line, of bearable length."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = "a number too long to write"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -40,6 +40,7 @@ from gpt2_flax.data import batches, opening, show
 from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError, say
 from gpt2_flax.model_config import make_config
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
+from gpt2_flax.settings import read_yaml, shown
 
 SETTINGS_FILE = "config.yaml"
 # A directory that holds one of these and no settings of ours is somebody's own.
@@ -48,6 +49,7 @@ FOREIGN_FILES = (
     metrics.LOG_FILE, samples.SAMPLES_FILE, report.REPORT_FILE,
 )  # fmt: skip
 RATES_AT_ONCE = 4096
+MAX_SAVED_BYTES = 2**20  # of SETTINGS_FILE, which may name thousands of files
 log = logging.getLogger("gpt2_flax")
 
 
@@ -66,6 +68,7 @@ def train(config: TrainConfig) -> int:
         stop = cleanup.enter_context(stopping.StopRequest())
         cleanup.enter_context(never_left_early())
         cleanup.enter_context(checkpoint.quiet_closed_loops())
+        run_files.refuse_links(output_dir, "output_dir", but=(model_card.CARD_FILE,))
         holds_a_run = (output_dir / SETTINGS_FILE).is_file()
         if holds_a_run:
             cleanup.enter_context(locked(output_dir))
@@ -167,14 +170,14 @@ def check_output_dir(config: TrainConfig, output_dir: pathlib.Path) -> bool:
             f"output_dir {output_dir} holds a run, and --resume never forbids to continue it\n"
             "  choose another --output_dir"
         )
-    try:
-        saved = yaml.safe_load(settings.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{settings} cannot be read: {reason}") from error
-    differing = differing_keys(config, saved if isinstance(saved, dict) else {})
+    saved, faults = read_yaml(str(settings), (), MAX_SAVED_BYTES)
+    if faults:
+        raise CheckpointError(faults[0].split("\n")[0])
+    differing = differing_keys(config, saved)
     if differing:
-        listed = ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in differing.items())
+        listed = ", ".join(
+            f"{name} {shown(old)} -> {shown(new)}" for name, (old, new) in differing.items()
+        )
         raise UserError(
             f"output_dir {output_dir} holds a run with other settings: {listed}\n"
             "  choose another --output_dir, or repeat the run's settings to continue it"
@@ -242,8 +245,11 @@ def open_checkpoints(config, output_dir, cleanup) -> checkpoint.Checkpoints:
 
 def why_of_another_run(config: TrainConfig, meta: dict) -> str | None:
     """What in a checkpoint says that a run of other settings saved it; None for this run's."""
+    for name, kind in META_TYPES.items():
+        if not isinstance(meta.get(name), kind):
+            return f"its meta has no {name} that this trainer wrote"
     differing = differing_keys(config, meta["settings"])
-    listed = ", ".join(f"{name} {was!r}" for name, (was, _) in differing.items())
+    listed = ", ".join(f"{name} {shown(was)}" for name, (was, _) in differing.items())
     return f"it was saved by a run with {listed}" if differing else None
 
 
@@ -357,6 +363,13 @@ def never_left_early():
 
 
 # ---------------------------------------------------------------- restore
+
+# What the meta item of a checkpoint holds, at the least.
+META_TYPES = {
+    "global_batch": int, "data": dict, "model": dict, "settings": dict, "cursor": dict,
+    "tokens": int, "seconds": int | float, "window": list, "evaluated": int, "bad_steps": int,
+    "bad_in_a_row": int,
+}  # fmt: skip
 
 
 def restore(run, checkpoints, config, rows, tokenizer, given_params):

@@ -153,6 +153,10 @@ def _read_file(path: pathlib.Path, reader) -> dict[str, Entry]:
         return reader(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes and does not fit into memory"
+        ) from error
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -424,7 +428,8 @@ def _stage(path: pathlib.Path, content: Callable) -> pathlib.Path:
     """Write and sync a file under a temporary name beside `path`; returns that name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             content(file)
             file.flush()
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Runs of scripts/train.py that start at once: a process that has imported everything forks them.
+"""Runs of our scripts that start at once: a process that has imported everything forks them.
 
 A run is a process of its own, with its own devices; it can be killed like any other. Used as
     with Nursery(folder) as nursery:
@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -19,8 +20,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Nursery:
-    def __init__(self, folder: pathlib.Path):
-        """folder: where the runs' output and the compiled programs go."""
+    def __init__(self, folder: pathlib.Path, preload: tuple[str, ...] = (), **variables: str):
+        """folder: where the runs' output and the compiled programs go.
+
+        preload: modules to import beside those of training. variables: of the environment.
+        """
         self.folder, self.n_runs = folder, 0
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -29,18 +33,32 @@ class Nursery:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "HF_HOME": str(folder / "hf_home"),
             "PYTHONWARNINGS": "ignore",  # of a fork beside threads: those are not in the child
+            **variables,
         }
-        command = [sys.executable, "-m", "tests.nursery"]
+        command = [sys.executable, "-m", "tests.nursery", *preload]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env=environment,
         )  # fmt: skip
 
-    def start(self, argv: list[str], devices: int = 1, hook: list | None = None) -> "Run":
-        """hook: name of a function of tests.faults.hooks and its arguments, called first."""
+    def start(
+        self,
+        argv: list[str],
+        devices: int = 1,
+        script: str = "scripts.train",
+        cwd: str | None = None,
+        memory: int | None = None,
+        hook: list | None = None,
+    ) -> "Run":
+        """script: the module whose `main` is run. memory: bytes that it may map from then on.
+        hook: name of a function of tests.faults.hooks and its arguments, called first.
+        """
         self.n_runs += 1
         output = self.folder / f"run {self.n_runs}.out"
-        pid = self.ask("start", argv=argv, devices=devices, output=str(output), hook=hook)
+        pid = self.ask(
+            "start", argv=argv, devices=devices, output=str(output), script=script, cwd=cwd,
+            memory=memory, hook=hook,
+        )  # fmt: skip
         return Run(self, pid, output)
 
     def ask(self, what: str, **arguments):
@@ -86,7 +104,8 @@ class Run:
 
 def serve() -> None:
     """In the nursery: import what a run needs, then fork one at each request."""
-    for name in ("matplotlib.figure", "orbax.checkpoint", "gpt2_flax.train", "scripts.train"):
+    needed = ("matplotlib.figure", "orbax.checkpoint", "gpt2_flax.train", "scripts.train")
+    for name in (*needed, *sys.argv[1:]):
         importlib.import_module(name)
 
     children = set()
@@ -111,15 +130,21 @@ def serve() -> None:
 def live(request: dict) -> None:
     """In the child: be the run."""
     from gpt2_flax.errors import run_main
-    from scripts.train import main
     from tests.faults import hooks
 
+    main = importlib.import_module(request["script"]).main
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if request["cwd"]:
+        os.chdir(request["cwd"])
+    if request["memory"]:
+        mapped = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+        limit = mapped * os.sysconf("SC_PAGE_SIZE") + request["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     code = 1
     try:
         if request["hook"]:
@@ -128,9 +153,7 @@ def live(request: dict) -> None:
         print("begun", flush=True)
         code = run_main(main, request["argv"])
     except BaseException:
-        import traceback
-
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

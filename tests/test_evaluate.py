@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import random
+import re
 
 import jax
 import numpy as np
@@ -573,3 +575,11 @@ def test_wikitext_2_loses_nothing_but_spaces_and_its_marks(tokenizer):
         assert left_over not in joined
     # A line's own `' s` is taken for the beginning of a quotation.
     assert joined.count(" 's ") <= bare.count(" ' s ")
+
+
+def test_brackets_are_taken_out_as_the_harness_does():
+    """Which says `re.sub(r"\\[.*?\\]", "", text)`, and takes the square of a text's length."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "x" + "".join(rng.choices("[]a \n", k=rng.randrange(30))) + "x"
+        assert zero_shot.clean(text) == re.sub(r"\[.*?\]", "", text).replace("  ", " ")

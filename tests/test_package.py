@@ -10,8 +10,11 @@ import tomllib
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SOURCES = sorted([*ROOT.glob("gpt2_flax/**/*.py"), *ROOT.glob("scripts/*.py")])
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "torch"}
+SOURCES = sorted([*ROOT.glob("gpt2_flax/**/*.py"), *ROOT.glob("scripts/**/*.py")])
+FORBIDDEN_MODULES = {
+    *("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"),
+    *("jsonpickle", "torch"),
+}
 # The one file that trains PyTorch's model beside ours, and imports it when it does.
 MAY_IMPORT_PYTORCH = {"gpt2_flax/parity.py"}
 # Needs lm_eval, an optional extra: tests/test_lm_eval_adapter.py imports it where that is there.
@@ -19,7 +22,7 @@ NEEDS_AN_EXTRA = {"gpt2_flax.lm_eval_adapter"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {
     *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"),
-    *("os.system", "os.popen"),
+    *("os.system", "os.popen", "torch.load", "torch.jit.load", "pandas.read_pickle"),
 }
 # yaml.Loader and its like build any Python object.
 FORBIDDEN_ATTRIBUTES = {"yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader"}
@@ -48,6 +51,11 @@ def forbidden_things(source):
             and ast.unparse(node.value) != "False"
         ):
             yield f"line {node.value.lineno}: {node.arg}={ast.unparse(node.value)}"
+        elif isinstance(node, ast.Dict):  # arguments that are passed on by **
+            for key, value in zip(node.keys, node.values, strict=True):
+                name = getattr(key, "value", None)
+                if name in FORBIDDEN_ARGUMENTS and ast.unparse(value) != "False":
+                    yield f"line {value.lineno}: {name}={ast.unparse(value)}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -73,13 +81,19 @@ def test_no_code_comes_from_data(path):
         "subprocess.run(command, shell=how)",
         "load_dataset(name, trust_remote_code=True)",
         "np.load(path, allow_pickle=True)",
+        "np.load(path, **{'allow_pickle': True})",
+        "torch.load(path)",
+        "import _pickle",
     ],
 )
 def test_the_search_finds(source):
     assert len(list(forbidden_things(source))) == 1
 
 
-@pytest.mark.parametrize("source", ["np.load(path, allow_pickle=False)", "model.eval()", "a.exec"])
+@pytest.mark.parametrize(
+    "source",
+    ["np.load(path, allow_pickle=False)", "f(**{'shell': False})", "model.eval()", "a.exec"],
+)
 def test_the_search_passes_over(source):
     assert list(forbidden_things(source)) == []
 

@@ -245,6 +245,18 @@ def test_fingerprint_changes_with_the_vocabulary_and_the_rules():
 # ---------------------------------------------------------------- files
 
 
+def test_what_would_run_or_lead_elsewhere_is_not_saved(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "tokenizer_config.json"
+    templates = [{"name": name, "template": "{{ x }}"} for name in ("default", "../up", "ok")]
+    more = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "chat_template": templates}
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    load_tokenizer(str(path.parent)).save(tmp_path / "a" / "ours")
+    assert "auto_map" not in (tmp_path / "a" / "ours" / "tokenizer_config.json").read_text()
+    names = {path.name for path in tmp_path.rglob("*.jinja")}
+    assert names == {"chat_template.jinja", "ok.jinja"}
+
+
 @pytest.mark.parametrize("in_a_model_directory", [False, True])
 def test_what_is_saved_is_what_transformers_and_we_load(tmp_path, tokenizer, in_a_model_directory):
     """config.json makes AutoTokenizer pick GPT-2's own class: the ids must not change."""

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from gpt2_flax.errors import StorageError, UserError
 
 BLOCK_BYTES = 64 * 1024
+MAX_LINE_BYTES = 1 << 28  # of a file of lines; a text may have lines of any length
+MAX_XZ_BYTES = 1 << 29  # memory for unpacking: `xz -9` asks for 65 MiB, a header may for 4 GiB
 STANDARD_INPUT = "-"
 PACKED = (".gz", ".zst", ".xz")
 KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".bin": "bin"}
@@ -233,9 +235,14 @@ class Bytes:
 
     def readline(self) -> bytes:
         try:
-            line = self.stream.readline()
+            line = self.stream.readline(MAX_LINE_BYTES + 1)
         except READ_ERRORS as error:
             raise unreadable(self.path, error) from error
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(
+                f"{self.path}: the line at byte {self.at} is over {MAX_LINE_BYTES} bytes long\n"
+                "  a document must fit into memory; cut it into several, or make it a .txt"
+            )
         self.at += len(line)
         return line
 
@@ -271,7 +278,7 @@ class _Xz(io.RawIOBase):
     """
 
     def __init__(self, raw):
-        self.raw, self.decoder, self.block = raw, lzma.LZMADecompressor(), b""
+        self.raw, self.decoder, self.block = raw, lzma.LZMADecompressor(memlimit=MAX_XZ_BYTES), b""
 
     def readable(self):
         return True
@@ -297,7 +304,10 @@ class _Xz(io.RawIOBase):
             block = self.raw.read(1 << 16)
             if not block:
                 return False
-        self.decoder, self.block = lzma.LZMADecompressor(), block.lstrip(b"\0")
+        self.decoder, self.block = (
+            lzma.LZMADecompressor(memlimit=MAX_XZ_BYTES),
+            block.lstrip(b"\0"),
+        )
         return True
 
 

@@ -361,7 +361,7 @@ def read_note(path: pathlib.Path, revision: str | None) -> dict | None:
     try:
         known = json.loads(path.read_text("utf-8"))
         fits = known["revision"] == revision and {"train", "validation"} <= known.keys()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return known if fits else None
 

@@ -268,7 +268,7 @@ def read_description(path: pathlib.Path) -> dict | None:
         )
         if whole and (stat.st_size <= CHECKED_BYTES or stat.st_mtime_ns != about["mtime_ns"]):
             whole = file_digest(path) == about["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return about if whole else None
 
@@ -502,8 +502,10 @@ def check_bin(part: tuple, folder: pathlib.Path) -> dict:
     note = folder / f"{digest(VERSION, state)}.bin.json"
     try:
         about = json.loads(note.read_text("utf-8"))
-        return {name: about[name] for name in ("fingerprint", "largest", "place")}
-    except (OSError, ValueError, KeyError, TypeError):
+        about = {name: about[name] for name in ("fingerprint", "largest", "place")}
+        if [type(value) for value in about.values()] == [str, int, int]:
+            return about
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     hasher, largest, place, at = new_hasher(), -1, 0, 0
     with contextlib.closing(Bar(f"checking {path}")) as bar, open(path, "rb") as file:

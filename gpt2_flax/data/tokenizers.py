@@ -28,6 +28,15 @@ from gpt2_flax.errors import UserError
 
 EOS = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+# What transformers opens of a directory.
+READ_FILES = re.compile(
+    r"tokenizer.*\.json|vocab\.json|merges\.txt|added_tokens\.json|special_tokens_map\.json"
+    r"|config\.json|chat_template.*"
+)
+MAX_FILE_BYTES = 1 << 28  # the largest tokenizers have some 35 MB
+# An id may lie so far beyond the number of tokens: each id below it has a row of the model.
+MOST_UNUSED_IDS = 1 << 17
+PLAIN_NAME = re.compile(r"\w[\w.-]{0,63}")
 LONGEST_KEPT_CHARS = 64  # longer words hardly come twice
 MOST_KEPT_BYTES = 1 << 27
 BYTES_A_WORD = 64  # that the dict takes, beside the word and its ids
@@ -136,7 +145,14 @@ class Tokenizer:
         self.fast = fast
         self.eos_id: int = eos
         # Ids may have gaps, and then the largest is not below their number.
-        self.vocab_size: int = 1 + max(fast.get_vocab().values())
+        vocabulary = fast.get_vocab()
+        self.vocab_size: int = 1 + max(vocabulary.values())
+        if self.vocab_size > len(vocabulary) + MOST_UNUSED_IDS:
+            raise UserError(
+                f"tokenizer {name} has {len(vocabulary)} tokens, and one with the id"
+                f" {self.vocab_size - 1}: most rows of a model's table would be of none\n"
+                f"  is its {TOKENIZER_FILE} damaged?"
+            )
         # Settings that a tokenizer.json carries along; they would cut off every piece of text.
         fast.backend_tokenizer.no_truncation()
         fast.backend_tokenizer.no_padding()
@@ -163,7 +179,15 @@ class Tokenizer:
         return self.fast.decode(ids, clean_up_tokenization_spaces=False)
 
     def save(self, directory) -> None:
-        """Write the files that transformers.AutoTokenizer reads."""
+        """Write the files that transformers.AutoTokenizer reads. What would run code is left out.
+
+        The names of its templates become names of files, and may be anything.
+        """
+        templates = self.fast.chat_template
+        if isinstance(templates, dict):
+            kept = {name: text for name, text in templates.items() if PLAIN_NAME.fullmatch(name)}
+            self.fast.chat_template = kept or None
+        self.fast.init_kwargs.pop("auto_map", None)
         self.fast.save_pretrained(str(directory))
 
 
@@ -196,19 +220,33 @@ def load_local(name: str):
     folder = path.parent if path.name == TOKENIZER_FILE else path
     try:
         files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        check_sizes([path, *(folder / name for name in files if READ_FILES.fullmatch(name))])
         # Not AutoTokenizer: it would follow what a stranger's config.json asks for.
+        options = {"trust_remote_code": False}  # so that nobody is asked, either
         if TOKENIZER_FILE in files:
-            return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
         if {"vocab.json", "merges.txt"} <= files:
-            return transformers.GPT2TokenizerFast.from_pretrained(str(folder))
+            return transformers.GPT2TokenizerFast.from_pretrained(str(folder), **options)
         if path.is_file():
             return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
+    except UserError:
+        raise
     except Exception as error:  # the clients raise a dozen kinds, some of them plain Exception
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"cannot read the tokenizer in {name}: {reason}") from error
     raise UserError(
         f"{name} holds no tokenizer: neither {TOKENIZER_FILE} nor vocab.json and merges.txt"
     )
+
+
+def check_sizes(paths: list[pathlib.Path]) -> None:
+    """Raise UserError for a file that is too long to be one of a tokenizer."""
+    for path in paths:
+        if path.is_file() and (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise UserError(
+                f"{path} has {size} bytes; a tokenizer's files have at most {MAX_FILE_BYTES}\n"
+                "  is it the right file?"
+            )
 
 
 def load_from_hub(name: str):
