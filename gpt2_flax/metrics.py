@@ -134,14 +134,16 @@ def read_log(path) -> list[dict]:
 
 
 def is_row(row) -> bool:
-    """Whether a JSON value is a row as it is written here: numbers, and a list of them."""
+    """Whether a JSON value is a row as it is written here: numbers, and a ledger's pairs."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
-    listed = row.get("rows") if isinstance(row.get("rows"), list) else []
-    others = [value for name, value in row.items() if name != "rows"]
+    pairs = row.get("rows", [])
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
+        return False
+    values = [value for name, value in row.items() if name != "rows"]
     return all(
         value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
-        for value in (*others, *listed)
+        for value in (*values, *(number for pair in pairs for number in pair))
     )
 
 

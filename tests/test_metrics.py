@@ -133,7 +133,9 @@ def test_a_file_system_that_refuses_is_a_storage_error(taken, act, tmp_path):
     log.path.touch()
     (tmp_path / taken).unlink(missing_ok=True)
     (tmp_path / taken).mkdir()
-    with pytest.raises(StorageError, match=r"cannot write .*: Is a directory\n  make room"):
+    with pytest.raises(
+        StorageError, match=r"cannot write .*: Is a directory\n  .* GB are .*; make room"
+    ):
         act(log)
 
 
@@ -462,3 +464,12 @@ def test_what_logging_costs_can_be_measured(capsys):
     for milliseconds in measure.log_rows("none", n_rows=3):
         assert 0 < milliseconds < 1000
     assert "step 2/3" in capsys.readouterr().err
+
+
+def test_a_ledger_s_rows_are_rows(tmp_path):
+    log = metrics.StepLog(tmp_path / "ledger.jsonl")
+    rows = [{"step": n, "rows": [[0, n], [1, n + 1]]} for n in (1, 2, 3)]
+    for row in rows:
+        log.write(row)
+    log.forget_after(2)
+    assert read_log(log.path) == rows[:2]

@@ -1,0 +1,99 @@
+"""A run's directory is one run's: others are refused at once, and nothing in it changes."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import signal
+import time
+
+import pytest
+
+from gpt2_flax import train
+from gpt2_flax.config import COMMAND_ONLY, FIELDS, FREE_ON_RESUME, load_config
+from gpt2_flax.errors import UserError
+from tests.faults.runs import SETTINGS, as_argv, saved_steps
+
+SECONDS = 5
+RUN = SETTINGS | {"max_steps": 20, "save_every": 5, "eval_every": 0}
+FIXED = sorted({*FIELDS} - FREE_ON_RESUME)
+
+
+def other_than(value):
+    """Another value of a setting's type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (*value, "more.txt")
+    return value + {str: "x", int: 1, float: 0.25}[type(value)]
+
+
+def tree(folder: pathlib.Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(nursery, text, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    settings = RUN | {"train_file": text, "output_dir": output_dir}
+    run = nursery.start(as_argv(settings))
+    assert run.wait() == 0, run.text()
+    return settings
+
+
+def test_a_second_trainer_is_told_who_is_there(nursery, text, tmp_path):
+    settings = RUN | {"train_file": text, "output_dir": tmp_path / "run"}
+    first = nursery.start(as_argv(settings), hook=["hang_in_step", 12])
+    began = time.monotonic()
+    while saved_steps(tmp_path / "run")[-1:] != [10]:
+        assert time.monotonic() < began + 60 and first.poll() is None, first.text()
+        time.sleep(0.05)
+    before = tree(tmp_path / "run")
+    began = time.monotonic()
+    second = nursery.start(as_argv(settings))
+    assert second.wait() == 2
+    assert time.monotonic() - began < SECONDS
+    owner = f"is in use by process {first.pid} on {os.uname().nodename}\n"
+    assert owner in second.text() and len(second.text().splitlines()) == 3  # with "begun"
+    assert tree(tmp_path / "run") == before
+    # A lock that a kill left behind is nobody's.
+    first.kill(signal.SIGKILL)
+    first.wait()
+    third = nursery.start(as_argv(settings))
+    assert third.wait() == 0, third.text()
+    assert "continuing after step 10" in third.text()
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_other_settings_are_refused_with_their_names(finished, name):
+    before = tree(finished["output_dir"])
+    config = load_config(as_argv(finished))
+    changed = dataclasses.replace(config, **{name: other_than(getattr(config, name))})
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"other settings: {name} \S+ -> .*\n  choose another"):
+        train.train(changed)
+    assert time.monotonic() - began < SECONDS
+    assert tree(finished["output_dir"]) == before
+
+
+@pytest.mark.parametrize("name", sorted(FREE_ON_RESUME - {*COMMAND_ONLY, "output_dir"}))
+def test_what_may_change_may_change(finished, name):
+    config = load_config(as_argv(finished))
+    changed = dataclasses.replace(config, **{name: other_than(getattr(config, name))})
+    assert train.check_output_dir(changed, pathlib.Path(changed.output_dir))
+
+
+def test_at_least_thirty_settings_make_another_run():
+    assert len(FIXED) >= 30
+
+
+def test_the_docs_list_what_may_change():
+    docs = pathlib.Path(__file__).parents[2] / "docs" / "reliability.md"
+    (line,) = [row for row in docs.read_text().splitlines() if "may change:" in row]
+    listed = {*re.findall(r"`--(\w+)`", line.split("may change:")[1])}
+    assert listed == FREE_ON_RESUME - {*COMMAND_ONLY, "output_dir"}
