@@ -96,4 +96,4 @@ def test_the_docs_list_what_may_change():
     docs = pathlib.Path(__file__).parents[2] / "docs" / "reliability.md"
     (line,) = [row for row in docs.read_text().splitlines() if "may change:" in row]
     listed = {*re.findall(r"`--(\w+)`", line.split("may change:")[1])}
-    assert listed == FREE_ON_RESUME - {*COMMAND_ONLY, "output_dir"}
+    assert listed == FREE_ON_RESUME - {*COMMAND_ONLY}
