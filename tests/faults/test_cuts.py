@@ -32,7 +32,7 @@ def test_a_run_in_pieces_is_a_run(nursery, short_text, tmp_path, full, devices):
             "batch_size": 4 // devices, "grad_accum": 2, "dropout": 0.1, "save_every": 5,
             "eval_every": 6, "log_every": 1, "validation_file": short_text,
         }  # fmt: skip
-        return nursery.start(as_argv(settings), devices, hook)
+        return nursery.start(as_argv(settings), devices, hook=hook)
 
     whole = tmp_path / "whole"
     run = start(whole)

@@ -50,7 +50,7 @@ def start(nursery, text):
             "train_file": text, "output_dir": output_dir, "max_steps": 26, "dropout": 0.1,
             "batch_size": n_rows, "log_every": 1, "eval_every": 0, "save_every": 0,
         }  # fmt: skip
-        return nursery.start(as_argv(settings), devices, hook)
+        return nursery.start(as_argv(settings), devices, hook=hook)
 
     return start
 

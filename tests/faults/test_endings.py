@@ -77,7 +77,7 @@ def test_a_flipped_bit_of_one_device_is_found(nursery, text, tmp_path, devices):
         output_dir = tmp_path / name
         run = nursery.start(
             settings(text, output_dir, max_steps=N_STEPS, eval_every=0, **more),
-            devices, ["flip_a_bit", step, devices - 1],
+            devices, hook=["flip_a_bit", step, devices - 1],
         )  # fmt: skip
         assert run.wait() == 5, run.text()
         found = {"compared": 5, "saved": 12}[name]
@@ -86,6 +86,6 @@ def test_a_flipped_bit_of_one_device_is_found(nursery, text, tmp_path, devices):
         assert saved_steps(output_dir) == {"compared": [], "saved": [6]}[name]
     run = nursery.start(
         settings(text, tmp_path / "never", max_steps=6, eval_every=0, replica_check_every=0),
-        devices, ["flip_a_bit", 3, 1],
+        devices, hook=["flip_a_bit", 3, 1],
     )  # fmt: skip
     assert run.wait() == 0, run.text()

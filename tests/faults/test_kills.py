@@ -43,9 +43,10 @@ def test_any_kill_is_survived_bitwise(nursery, text, tmp_path, full):
         )  # fmt: skip
 
     kills = [place for place, counts in PLACES.items() for _ in range(counts[full])]
-    n_steps = 30 * len(kills)
+    n_steps = 40 * len(kills)
     rng = random.Random(len(kills))
-    first, *later = kills
+    early = [place for place in kills if place == "before the first save"]
+    later = kills[len(early) :]
     rng.shuffle(later)
 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
@@ -53,7 +54,7 @@ def test_any_kill_is_survived_bitwise(nursery, text, tmp_path, full):
     assert run.wait(600) == 0, run.text()
 
     redone, last = [], 0
-    for place in [first, *later, None]:
+    for place in [*early, *later, None]:
         run = start(broken, n_steps)
         wait_for(run, lambda: "compiling" in run.text() or "continuing" in run.text())  # noqa: B023
         if "continuing after step" in run.text():
@@ -62,14 +63,14 @@ def test_any_kill_is_survived_bitwise(nursery, text, tmp_path, full):
         if place is None:
             break
         if place == "inside a save":
-            seen = len(steps_of(broken))
+            seen = len(steps_of(broken)) + rng.randrange(3) * SAVE_EVERY
             wait_for(run, lambda: len(steps_of(broken)) > seen)  # noqa: B023
             wait_for(run, in_checkpoints(broken, "*.orbax-checkpoint-tmp*/state/*"))
             time.sleep(rng.random() * 0.01)
         elif place == "inside a deletion":
             wait_for(run, in_checkpoints(broken, ".trash/*"))
         elif place == "anywhere":
-            time.sleep(rng.random() / 2)
+            time.sleep(rng.random() * 1.5)
         run.kill()
         assert run.wait() == -9, run.text()
         last = max(steps_of(broken), default=0)
@@ -78,7 +79,7 @@ def test_any_kill_is_survived_bitwise(nursery, text, tmp_path, full):
     assert "is damaged" not in run.text()
     # A save is written while the run goes on, here for many of its short steps: a kill inside
     # it costs those too. The next save waits for it, so there are at most as many again.
-    assert len(redone) >= len(kills) - 4 and max(redone) <= 2 * SAVE_EVERY, redone
+    assert len(redone) >= len(kills) // 2 and max(redone) <= 2 * SAVE_EVERY, redone
 
     (state, cursor), (expected, expected_cursor) = learned(broken), learned(unbroken)
     assert cursor == expected_cursor
