@@ -5,7 +5,6 @@ model configuration, fingerprints of text and tokenizer, metrics not yet logged)
 """
 
 import contextlib
-import logging
 import math
 import os
 import pathlib
@@ -26,7 +25,6 @@ from gpt2_flax.run_files import describe_room, free_bytes
 FOLDER = "checkpoints"
 TRASH = ".trash"  # below FOLDER: a checkpoint is renamed into it, at once, and then deleted
 METRIC = "validation_loss"
-log = logging.getLogger("gpt2_flax")
 
 
 class Checkpoints:
@@ -187,18 +185,23 @@ class Checkpoints:
 
         like: a tree of ShapeDtypeStruct with shardings. A damaged checkpoint is moved aside,
         with a warning, once an older one has been read. None without any checkpoint;
-        CheckpointError where there are some and none is whole: then nothing is moved.
+        CheckpointError where there are some and none is whole, or a whole one cannot be read:
+        then nothing is moved.
         """
         damaged = {}
         for step in reversed(self.names()):
+            directory = self.folder / str(step)
             try:
                 meta = self.verify(step)
-                check_types(self.folder / str(step), like)
-                items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-                state = self.manager.restore(step, args=items)["state"]
-            except Exception as error:  # Orbax and TensorStore raise whatever they please
-                damaged[step] = first_line(error)
+                with read_errors(directory):
+                    stored = stored_shapes(directory)
+                compare(kinds(stored), kinds(like))  # Orbax would cast, and say nothing
+            except manifest.DamagedError as error:
+                damaged[step] = str(error)
                 continue
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            with read_errors(directory):
+                state = self.manager.restore(step, args=items)["state"]
             for step, reason in damaged.items():
                 say(f"checkpoint {step} is damaged ({reason}); it is moved aside to {aside(step)}")
                 self.set_aside(step)
@@ -224,14 +227,10 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
 
 
-def check_types(directory: pathlib.Path, like) -> None:
-    """Raise DamagedError where arrays on disk have not the shapes and types of `like`.
-
-    Orbax would cast them, and says nothing.
-    """
+def stored_shapes(directory: pathlib.Path):
+    """The state of a checkpoint as its files describe it, without its arrays."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        stored = kinds(checkpointer.metadata(directory / "state").item_metadata.tree)
-    compare(stored, kinds(like))
+        return checkpointer.metadata(directory / "state").item_metadata.tree
 
 
 def compare(stored: dict[str, str], wanted: dict[str, str]) -> None:
@@ -374,10 +373,13 @@ def whole(directory: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def read_errors(directory: pathlib.Path):
-    """Context that turns what reading a damaged checkpoint raises into a CheckpointError."""
+    """Context that turns what reading a damaged checkpoint raises into a CheckpointError.
+
+    Running out of memory is no damage, and stays what it is.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # Orbax and TensorStore raise whatever they please
         reason = str(error).strip().split("\n")[0][:200]
@@ -389,10 +391,8 @@ def read_params(directory: pathlib.Path, like) -> dict:
 
     like: tree of the parameters' shapes and types.
     """
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(directory / "state").item_metadata.tree
     # Before anything is allocated: Orbax takes the shapes that the files claim.
-    compare(kinds(tree["params"]), kinds(like))
+    compare(kinds(stored_shapes(directory)["params"]), kinds(like))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=here), target)

@@ -50,7 +50,6 @@ FOREIGN_FILES = (
 )  # fmt: skip
 RATES_AT_ONCE = 4096
 MAX_SAVED_BYTES = 2**20  # of SETTINGS_FILE, which may name thousands of files
-log = logging.getLogger("gpt2_flax")
 
 
 def train(config: TrainConfig) -> int:

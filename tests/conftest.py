@@ -57,3 +57,22 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def full(request) -> bool:
     return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """Compiled programs stay mapped into memory, and a process may have only so many maps.
+
+    (65,530 on Linux. Beyond them XLA ends in a segmentation fault.)
+    """
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    """Where runs of the script start at once."""
+    from tests.nursery import Nursery  # only now is the project's folder on the path
+
+    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery

@@ -113,6 +113,33 @@ def test_with_no_readable_checkpoint_nothing_starts_afresh(store):
             again.restore_latest(like(make_state()))
 
 
+@pytest.mark.parametrize(
+    ("raised", "kind", "words"),
+    [
+        (MemoryError("no more"), MemoryError, "no more"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), jax.errors.JaxRuntimeError, "RES"),
+        (ValueError("a long\nreport"), CheckpointError, "2 cannot be read: a long$"),
+    ],
+)
+def test_a_whole_checkpoint_that_cannot_be_read_is_not_moved(
+    store, monkeypatch, raised, kind, words
+):
+    """Its files are what was saved: it is something else that is wrong."""
+    opened = store()
+    for step in (1, 2):
+        opened.save(step, make_state(step), {"of": step}, None)
+    opened.wait()
+
+    def fail(*arguments, **keywords):
+        raise raised
+
+    with monkeypatch.context() as patch, pytest.raises(kind, match=words):
+        patch.setattr(opened.manager, "restore", fail)
+        opened.restore_latest(like(make_state()))
+    assert opened.names() == [1, 2]
+    assert opened.restore_latest(like(make_state()))[1] == {"of": 2}
+
+
 def test_a_step_that_is_not_saved_is_an_error(store):
     """Orbax skips a step below the newest without a word."""
     opened = store()

@@ -12,8 +12,6 @@ import time
 
 import pytest
 
-from tests.nursery import Nursery
-
 EPOCHS, KILLS, GLOBAL_BATCH = 3, 20, 4
 SETTINGS = {
     "n_layers": 1, "n_heads": 2, "n_embd": 8, "n_positions": 32, "block_size": 32,
@@ -25,12 +23,6 @@ KINDS = {
     "from a token file": {},
     "streamed": {"streaming": "true", "shuffle_window": 13},
 }
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module")

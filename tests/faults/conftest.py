@@ -1,13 +1,5 @@
 import pytest
 
-from tests.nursery import Nursery
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
-
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
