@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 
 # Names of environment variables that hold secrets, such as HF_TOKEN and WANDB_API_KEY; not those
@@ -83,16 +84,30 @@ def print_traceback(kind, error, trace) -> None:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts():
-    """Context in which SIGTERM raises Interrupted, as Ctrl-C does KeyboardInterrupt."""
+def interruptible():
+    """Context in which SIGTERM raises Interrupted, as Ctrl-C does KeyboardInterrupt.
+
+    Python drops what is raised within a finalizer or a callback of the garbage collector; an
+    interrupt that came there comes once more.
+    """
 
     def interrupt(number, frame):
         raise Interrupted(number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def repeat(dropped):
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            return hook_before(dropped)
+        number = getattr(dropped.exc_value, "number", signal.SIGINT)
+        timer = threading.Timer(0.01, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    before, hook_before = signal.signal(signal.SIGTERM, interrupt), sys.unraisablehook
+    sys.unraisablehook = repeat
     try:
         yield
     finally:
+        sys.unraisablehook = hook_before
         signal.signal(signal.SIGTERM, before)
 
 
@@ -104,7 +119,7 @@ def run_main(main, argv: list[str]) -> int:
     """
     sys.excepthook = print_traceback
     try:
-        with sigterm_interrupts():
+        with interruptible():
             return main(argv) or 0
     except UserError as error:
         if "--debug" in argv:

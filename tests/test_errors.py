@@ -1,6 +1,7 @@
 """What a user gets to see of a mistake: exit code, at most three lines, and a way on."""
 
 import contextlib
+import gc
 import gzip
 import http.server
 import io
@@ -8,6 +9,7 @@ import os
 import pathlib
 import re
 import runpy
+import signal
 import socket
 import ssl
 import subprocess
@@ -340,6 +342,31 @@ def test_an_interrupt_before_training_is_130(capsys):
         raise KeyboardInterrupt
 
     assert run_main(main, []) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_a_collection_of_garbage_is_not_lost(number, code, capsys):
+    begun = []
+
+    def callback(phase, info):
+        if not begun:
+            begun.append(phase)
+            os.kill(os.getpid(), number)
+            time.sleep(0)  # here Python runs the signal's handler
+
+    def main(argv):
+        gc.collect()
+        assert begun == ["start"]  # and what the handler raised was dropped
+        time.sleep(10)
+
+    gc.callbacks.append(callback)
+    before = sys.unraisablehook
+    try:
+        assert run_main(main, []) == code
+    finally:
+        gc.callbacks.remove(callback)
+    assert sys.unraisablehook is before
     assert capsys.readouterr().err == "interrupted\n"
 
 
