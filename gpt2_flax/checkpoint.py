@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from gpt2_flax import manifest
+from gpt2_flax import manifest, processes
 from gpt2_flax.errors import CheckpointError, StorageError, UserError, say
 from gpt2_flax.run_files import describe_room, free_bytes
 
@@ -41,7 +41,12 @@ class Checkpoints:
             preservation_policy=preservation_policy(keep),
             best_fn=best_first,  # without it, Orbax does not write the metrics down
             cleanup_tmp_directories=True,
-            create=True,
+            create=False,
+            # Barriers of JAX's runtime instead of its collectives: Orbax has them in a thread of
+            # its own, and collectives of two threads would be taken for one another.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes={*range(jax.process_count())} if processes.several() else None
+            ),
             todelete_subdir=TRASH,
             async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
         )
@@ -52,6 +57,7 @@ class Checkpoints:
             (self.folder / TRASH).unlink()
         self.verified: dict[int, dict] = {}  # meta of the steps whose files were checked
         with storage_errors(self.folder):
+            processes.first_only(lambda: self.folder.mkdir(parents=True, exist_ok=True))
             self.manager = ocp.CheckpointManager(
                 self.folder, options=options, item_names=("state", "meta")
             )
@@ -59,6 +65,8 @@ class Checkpoints:
 
     def seal(self) -> None:
         """Called when a step is written and has not its final name yet: add its manifest."""
+        if not processes.is_first():
+            return
         (directory,) = (
             path
             for path in self.folder.glob(f"{self.saving}.*")
@@ -68,6 +76,8 @@ class Checkpoints:
 
     def empty_trash(self) -> None:
         """Delete, in a thread, what Orbax put aside for it. A kill leaves no half checkpoint."""
+        if not processes.is_first():
+            return
         if self.cleaner is not None:
             self.cleaner.join()
         self.cleaner = threading.Thread(
@@ -108,19 +118,22 @@ class Checkpoints:
     def confirm(self, step: int) -> None:
         """Raise StorageError where what is on disk of a step is not what was saved."""
         self.wait()
-        try:
-            self.verify(step)
-        except manifest.DamagedError as error:
-            raise StorageError(
-                f"checkpoint {step} in {self.folder} was saved and is damaged: {error}\n"
-                "  the disk may be faulty; the same command goes on from an older one"
-            ) from error
+        with processes.together():
+            try:
+                if processes.is_first():
+                    self.verify(step)
+            except manifest.DamagedError as error:
+                raise StorageError(
+                    f"checkpoint {step} in {self.folder} was saved and is damaged: {error}\n"
+                    "  the disk may be faulty; the same command goes on from an older one"
+                ) from error
 
     def close(self) -> None:
         with self.storage_errors():
             self.manager.close()
         self.empty_trash()
-        self.cleaner.join()
+        if self.cleaner is not None:
+            self.cleaner.join()
 
     @contextlib.contextmanager
     def storage_errors(self):
@@ -129,6 +142,8 @@ class Checkpoints:
             with storage_errors(self.folder, lambda: self.needed):
                 yield
         except StorageError:
+            if not processes.is_first():
+                raise
             for partial in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -147,6 +162,9 @@ class Checkpoints:
 
         Raises CheckpointError where there are some and none is whole.
         """
+        return tuple(processes.first_only(self.find_newest))
+
+    def find_newest(self) -> tuple[int, dict | None]:
         damaged = {}
         for step in reversed(self.names()):
             try:
@@ -188,6 +206,24 @@ class Checkpoints:
         CheckpointError where there are some and none is whole, or a whole one cannot be read:
         then nothing is moved.
         """
+        chosen = processes.first_only(lambda: self.choose(like))
+        if chosen is None:
+            return None
+        step, meta, damaged = chosen
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        with read_errors(self.folder / str(step)):
+            state = self.manager.restore(step, args=items)["state"]
+        for other, reason in damaged:
+            say(f"checkpoint {other} is damaged ({reason}); it is moved aside to {aside(other)}")
+            if processes.is_first():
+                self.set_aside(other)
+        if damaged:
+            processes.gather(None)  # all see the folder as it is now
+            self.manager.reload()
+        return state, meta
+
+    def choose(self, like) -> tuple[int, dict, list] | None:
+        """(step, meta, [newer step, what is wrong with it] of each) to restore; None of none."""
         damaged = {}
         for step in reversed(self.names()):
             directory = self.folder / str(step)
@@ -196,16 +232,9 @@ class Checkpoints:
                 with read_errors(directory):
                     stored = stored_shapes(directory)
                 compare(kinds(stored), kinds(like))  # Orbax would cast, and say nothing
+                return step, meta, [*damaged.items()]
             except manifest.DamagedError as error:
                 damaged[step] = str(error)
-                continue
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            with read_errors(directory):
-                state = self.manager.restore(step, args=items)["state"]
-            for step, reason in damaged.items():
-                say(f"checkpoint {step} is damaged ({reason}); it is moved aside to {aside(step)}")
-                self.set_aside(step)
-            return state, meta
         self.raise_if_all_are(damaged)
         return None
 
@@ -216,7 +245,6 @@ class Checkpoints:
             target.unlink()
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self.folder / str(step), target)
-        self.manager.reload()
 
 
 def aside(step: int) -> str:
@@ -229,7 +257,11 @@ def first_line(error: Exception) -> str:
 
 def stored_shapes(directory: pathlib.Path):
     """The state of a checkpoint as its files describe it, without its arrays."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         return checkpointer.metadata(directory / "state").item_metadata.tree
 
 
@@ -409,9 +441,8 @@ def read_params(directory: pathlib.Path, like) -> dict:
 
 
 def read_meta(directory: pathlib.Path) -> dict:
-    """Raises ValueError for a file that is none of ours, and what Orbax raises."""
-    size = (directory / "meta" / "metadata").stat().st_size
-    if size > manifest.MAX_JSON_BYTES:
-        raise ValueError(f"it has {size} bytes")
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(directory / "meta")
+    """Without Orbax, whose reader waits for all processes. Raises ValueError and OSError."""
+    meta = manifest.read_json(directory / "meta" / "metadata")
+    if not isinstance(meta, dict):
+        raise ValueError("it is no JSON object")
+    return meta

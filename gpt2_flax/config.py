@@ -173,6 +173,20 @@ class TrainConfig:
     parallel: Literal["pmap", "jit"] = setting(
         "pmap", "how the step runs on many devices; both replicate the model"
     )
+    num_processes: int = setting(
+        0,
+        "processes of the run, on one machine or many; 0: what SLURM, Open MPI, Cloud TPU or"
+        " Kubernetes say, else 1",
+    )
+    process_id: int = setting(0, "which of the processes this is, counted from 0")
+    coordinator_address: str = setting(
+        "", "HOST:PORT on which process 0 awaits the others, the same for all"
+    )
+    step_timeout: float = setting(
+        0.0,
+        "seconds in which a step, or a batch of an evaluation, must be done: a run that hangs"
+        " for longer ends; 0: no limit",
+    )
 
     # Run
     config: str = setting("", "YAML file of settings; flags are read after it")
@@ -235,7 +249,7 @@ FIELDS = fields_of(TrainConfig)
 TYPES = typing.get_type_hints(TrainConfig)
 FLAGS_ONLY = ("config", "debug", "show_data", "print_config")
 # Never written to config.yaml: they say how the command is run, not what the run is.
-COMMAND_ONLY = (*FLAGS_ONLY, "resume")
+COMMAND_ONLY = (*FLAGS_ONLY, "resume", "num_processes", "process_id", "coordinator_address")
 # May differ between the sessions of one run: none of them changes what is learned,
 # except the two lengths, which move the end of the learning-rate schedule.
 FREE_ON_RESUME = {
@@ -243,7 +257,7 @@ FREE_ON_RESUME = {
     "output_dir", "cache_dir", "parallel", "log_every", "eval_every", "eval_rows",
     "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
     "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger", "profile", "remat",
-    "max_bad_steps", "replica_check_every",
+    "max_bad_steps", "replica_check_every", "step_timeout",
 }  # fmt: skip
 
 
@@ -324,7 +338,8 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
     at_least_0 = ("max_steps", "eval_every", "eval_rows", "save_every", "sample_tokens",
                   "weight_decay", "grad_clip", "warmup_steps", "min_learning_rate",
                   "vocab_size", "tokenize_processes", "show_data", "decay_steps",
-                  "max_bad_steps", "replica_check_every")  # fmt: skip
+                  "max_bad_steps", "replica_check_every", "num_processes", "process_id",
+                  "step_timeout")  # fmt: skip
     above_0 = ("learning_rate", "epochs", "adam_epsilon")
     shares = ("dropout", "beta1", "beta2", "validation_share")
     require_each(at_least_1, lambda value: value >= 1, "at least 1")
@@ -394,6 +409,7 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
         c.sample_prompt.isascii() or not re.search("[\ud800-\udfff]", c.sample_prompt),
         "sample_prompt is not UTF-8 text\n  is the terminal set to UTF-8?",
     )
+    faults += [] if {"num_processes", "process_id"} & doubtful else find_process_faults(c)
     if c.profile:
         span = profiled_steps(c.profile)
         require(
@@ -411,6 +427,27 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
             "  trace earlier steps",
         )
     return faults + find_secrets(c) + find_conflicts(c, given, doubtful)
+
+
+def find_process_faults(c: TrainConfig) -> list[str]:
+    """The faults of the three settings by which processes find each other."""
+    address, faults = c.coordinator_address, []
+    if c.num_processes > 1 and not address:
+        faults.append(
+            f"num_processes {c.num_processes} needs a coordinator_address\n"
+            "  give all processes the same --coordinator_address HOST:PORT"
+        )
+    if c.num_processes and c.process_id >= c.num_processes:
+        faults.append(
+            f"process_id {c.process_id} is not below num_processes {c.num_processes}\n"
+            "  number the processes from 0"
+        )
+    if address and not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", address):
+        faults.append(
+            f"coordinator_address {plain(address)} is not of the form HOST:PORT\n"
+            "  for example 10.0.0.1:8476"
+        )
+    return faults
 
 
 def profiled_steps(text: str) -> tuple[int, int] | None:
@@ -473,6 +510,8 @@ def conflicting(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[tup
         ({"beta1"}, c.optimizer == "adafactor", "optimizer adafactor"),
         ({"beta2"}, c.optimizer in ("adafactor", "sgd"), f"optimizer {c.optimizer}"),
         ({"sample_prompt"}, c.sample_tokens == 0, "sample_tokens 0"),
+        ({"process_id"}, c.num_processes < 2, f"num_processes {c.num_processes}"),
+        ({"coordinator_address"}, c.num_processes == 1, "num_processes 1"),
         (
             {"eval_rows"},
             c.validation_share == 0 and not c.validation_file,

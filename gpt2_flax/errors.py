@@ -51,6 +51,16 @@ class NumericsError(UserError):
     exit_code = 5
 
 
+class OtherProcessError(UserError):
+    """Another process of the run failed, and says why itself."""
+
+    default_exit_code = 6
+
+    def __init__(self, number: int, exit_code: int = default_exit_code):
+        super().__init__(f"process {number} failed")
+        self.exit_code = exit_code
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal came before there was anything to save. number: which."""
 
@@ -71,8 +81,13 @@ def redacted(text: str) -> str:
     return PASSWORD_IN_URL.sub(r"\1...@", text)
 
 
+is_silent = False  # of the processes of a run only one gives notes
+
+
 def say(line: str) -> None:
     """A note to whoever runs the command. The work outlives its reader (`2>&1 | head`)."""
+    if is_silent:
+        return
     with contextlib.suppress(BrokenPipeError):
         print(redacted(line), file=sys.stderr, flush=True)
 
@@ -111,6 +126,21 @@ def interruptible():
         signal.signal(signal.SIGTERM, before)
 
 
+def report(error: BaseException, debug: bool) -> int:
+    """Tell of the error that ends the process. Returns its exit code."""
+    if isinstance(error, UserError):
+        if debug:
+            print_traceback(type(error), error, error.__traceback__)
+        if debug or not isinstance(error, OtherProcessError):
+            print(redacted(f"error: {error}"), file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
+    print_traceback(type(error), error, error.__traceback__)
+    return 1
+
+
 def run_main(main, argv: list[str]) -> int:
     """Run `main(argv)` and turn what it raises into an exit code.
 
@@ -121,14 +151,8 @@ def run_main(main, argv: list[str]) -> int:
     try:
         with interruptible():
             return main(argv) or 0
-    except UserError as error:
-        if "--debug" in argv:
-            print_traceback(*sys.exc_info())
-        print(redacted(f"error: {error}"), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
-        return 128 + getattr(error, "number", signal.SIGINT)
+    except (UserError, KeyboardInterrupt) as error:
+        return report(error, "--debug" in argv)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()
         return 1

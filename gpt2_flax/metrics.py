@@ -12,6 +12,7 @@ import time
 import jax
 from tqdm import tqdm
 
+from gpt2_flax import errors
 from gpt2_flax.errors import NumericsError
 from gpt2_flax.run_files import replace_file, storage_errors
 
@@ -315,7 +316,7 @@ class Progress:
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
-            disable=not self.is_terminal,
+            disable=not self.is_terminal or errors.is_silent,
             bar_format="{percentage:3.0f}% |{bar:24}| step {n_fmt}/{total_fmt}"
             " [{elapsed}]{postfix}",
         )
@@ -349,6 +350,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar. Training outlives whoever reads it (`2>&1 | tee log`)."""
+        if errors.is_silent:
+            return
         with contextlib.suppress(BrokenPipeError):
             if self.is_terminal:
                 self.bar.write(line, file=sys.stderr)

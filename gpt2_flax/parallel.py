@@ -1,7 +1,8 @@
 """Devices: how a step runs on many of them, and how arrays get there.
 
 The state is replicated and has no device axis: the same arrays go into pmap, into jit, into
-Orbax and into the exported file.
+Orbax and into the exported file. With several processes pmap hands back arrays that know of
+their own process's devices alone; `of_all_processes` puts them together.
 """
 
 import functools
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"
@@ -19,6 +21,11 @@ UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes
 
 
 def mesh() -> Mesh:
+    """The devices of all processes."""
+    return Mesh(jax.devices(), (AXIS,))
+
+
+def local_mesh() -> Mesh:
     return Mesh(jax.local_devices(), (AXIS,))
 
 
@@ -34,9 +41,27 @@ def replicate(make: Callable, *args):
     return jax.jit(make, out_shardings=replicated())(*args)
 
 
-def over_devices() -> NamedSharding:
-    """A batch's leading axis, a device each."""
-    return NamedSharding(mesh(), PartitionSpec(AXIS))
+def over_devices(engine: str) -> NamedSharding:
+    """A batch's leading axis, a device each: pmap takes those of a process alone."""
+    devices = local_mesh() if engine == "pmap" else mesh()
+    return NamedSharding(devices, PartitionSpec(AXIS))
+
+
+def of_all_processes(tree):
+    """A replicated tree as arrays that all processes share, as Orbax takes them. No copy."""
+    if jax.process_count() == 1:
+        return tree
+    return copies_as(tree, replicated())
+
+
+def copies_as(tree, sharding: NamedSharding):
+    """The copies of a replicated tree, under a sharding that says so too."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_single_device_arrays(
+            x.shape, sharding, [shard.data for shard in x.addressable_shards]
+        ),
+        tree,
+    )
 
 
 def shapes_on_devices(tree):
@@ -82,30 +107,35 @@ def compile_eval_step(step: Callable, engine: str) -> Callable:
 
 
 def checksums(tree) -> jax.Array:
-    """uint32 (devices,): a sum over each device's own copy of a replicated tree.
+    """uint32 (local devices,): a sum over each device's own copy of a replicated tree.
 
     One flipped bit anywhere in a copy changes its sum: words are weighted with odd numbers.
     """
-    sharding = replicated()
-    here = jax.tree.map(  # pmap's arrays are copies too, under a sharding of its own
-        lambda x: jax.make_array_from_single_device_arrays(
-            x.shape, sharding, [shard.data for shard in x.addressable_shards]
-        ),
-        tree,
-    )
-    return sum_copies(sharding.mesh)(here)
+    here = NamedSharding(local_mesh(), PartitionSpec())
+    return sum_copies(here.mesh)(copies_as(tree, here))
 
 
 def differing_replicas(tree) -> list[jax.Device]:
-    """The devices whose copy of a replicated tree is not that of most; all where none is."""
+    """The devices whose copy of a replicated tree is not that of most; all where none is.
+
+    All processes get the same answer, and must ask.
+    """
     sums = np.asarray(checksums(tree))
+    devices = jax.local_devices()
+    if jax.process_count() > 1:
+        sums = multihost_utils.process_allgather(sums).ravel()
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)
     values, counts = np.unique(sums, return_counts=True)
     if len(values) == 1:
         return []
     most = values[counts.argmax()] if 2 * counts.max() > len(sums) else None
-    return [
-        device for device, of_it in zip(jax.local_devices(), sums, strict=True) if of_it != most
-    ]
+    return [device for device, of_it in zip(devices, sums, strict=True) if of_it != most]
+
+
+def compile_maximum() -> Callable:
+    """int -> the largest of all processes' ints, as an array that may still be under way."""
+    largest = jax.pmap(lambda x: jax.lax.pmax(x, AXIS), axis_name=AXIS, out_axes=None)
+    return lambda number: largest(np.full(jax.local_device_count(), number, np.int32))
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,17 +173,24 @@ def split_batch(batch, micro_batches: int | None):
     return jax.tree.map(lambda array: array.reshape(*lead, -1, *array.shape[1:]), batch)
 
 
-def batch_shapes(batch, micro_batches: int | None):
+def batch_shapes(batch, micro_batches: int | None, engine: str = "pmap"):
     """What `put_batch` would return, as shapes for the compiler."""
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_devices()),
+        lambda x: jax.ShapeDtypeStruct(
+            (jax.device_count() if engine == "jit" else len(x), *x.shape[1:]),
+            x.dtype,
+            sharding=over_devices(engine),
+        ),
         split_batch(batch, micro_batches),
     )
 
 
-def put_batch(batch, micro_batches: int | None):
-    """`split_batch`, on the devices by one transfer."""
-    return jax.device_put(split_batch(batch, micro_batches), over_devices())
+def put_batch(batch, micro_batches: int | None, engine: str = "pmap"):
+    """`split_batch` of this process's rows, on its devices by one transfer."""
+    split, sharding = split_batch(batch, micro_batches), over_devices(engine)
+    if jax.process_count() == 1 or engine == "pmap":
+        return jax.device_put(split, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), split)
 
 
 def prefetch(items: Iterable, prepare: Callable, ahead: int = 2) -> Iterator:

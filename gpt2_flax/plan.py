@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from gpt2_flax import durations, memory, metrics, optim, parallel, step
+from gpt2_flax import durations, memory, metrics, optim, parallel, processes, step
 from gpt2_flax.config import TrainConfig
 from gpt2_flax.data import batches
 from gpt2_flax.errors import UserError, say
@@ -28,6 +28,7 @@ class Run:
     module: FlaxGPT2LMHeadModule
     optimizer: object
     schedule: object
+    engine: str  # "pmap" or "jit"
     train_step: object
     eval_step: object
     global_batch: int
@@ -89,6 +90,7 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
         module=module,
         optimizer=optimizer,
         schedule=schedule,
+        engine=config.parallel,
         train_step=parallel.compile_train_step(train_step, config.parallel),
         eval_step=parallel.compile_eval_step(eval_step, config.parallel),
         global_batch=global_batch,
@@ -201,12 +203,14 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
         if n not in planned:
             micro_batches = saved // (devices * n) if saved else accumulated
             rows = jax.local_device_count() * micro_batches * n
-            batch = parallel.batch_shapes(blank_batch(rows, config.block_size), micro_batches)
+            batch = parallel.batch_shapes(
+                blank_batch(rows, config.block_size), micro_batches, config.parallel
+            )
             planned[n] = memory.step_bytes(update.lower(state, batch).compile())
         return planned[n]
 
     limit = int(memory.USABLE * memory.device_bytes())
-    chosen = memory.largest_batch(bytes_of, limit, allowed)
+    chosen = min(processes.gather(memory.largest_batch(bytes_of, limit, allowed)))
     figures = f"{memory.gigabytes(bytes_of(chosen))} of the {memory.gigabytes(limit)} it may"
     if bytes_of(chosen) > limit:
         raise UserError(
@@ -222,13 +226,14 @@ def measure_step(config, module, global_batch: int) -> float:
     make, update = trial(config, module)
     state = parallel.replicate(make, jax.random.key(config.seed))
     batch = blank_batch(global_batch // jax.process_count(), config.block_size)
-    ready = parallel.put_batch(batch, global_batch // (jax.device_count() * config.batch_size))
+    micro_batches = global_batch // (jax.device_count() * config.batch_size)
+    ready = parallel.put_batch(batch, micro_batches, config.parallel)
     seconds = []
     for _ in range(6):
         began = time.perf_counter()
         state, _ = jax.block_until_ready(update(state, ready))
         seconds.append(time.perf_counter() - began)
-    speed = statistics.median(seconds[1:])
+    speed = processes.agree(statistics.median(seconds[1:]))
     n_steps = durations.split(config.max_steps)[0] // speed
     say(f"a step takes {speed:.3g} s: {config.max_steps} are {n_steps:,.0f} steps")
     return speed

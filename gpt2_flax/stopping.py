@@ -3,12 +3,17 @@
 Python runs a signal's handler in the main thread, and only when that comes back from the device:
 after a step, or after a whole compilation. So a thread of its own hears of signals too, says so,
 and ends the process at once where nothing would be lost by it.
+
+Processes of one run stop at the same step, whichever of them heard of it: they agree.
 """
 
 import contextlib
 import os
 import signal
 import threading
+import time
+from collections import deque
+from collections.abc import Callable
 
 from gpt2_flax.errors import Interrupted
 
@@ -18,14 +23,37 @@ PREPARING = "preparing"  # Interrupted is raised: what was begun is taken back
 STARTING = "starting"  # the first step is compiled: the process ends at once
 RUNNING = "running"  # it is noted, for the loop to see
 FINISHING = "finishing"  # nothing: the model is written out, which takes seconds
+GRACE_SECONDS = 2
+LAG = 2  # polls that an agreement is under way: the device never waits for it
 
 
 class StopRequest:
-    """Within it, SIGINT and SIGTERM are a request to stop. `signal`: which came; None for none."""
+    """Within it, SIGINT and SIGTERM are a request to stop.
+
+    asked: the signal that the loop is to obey, None for none; it changes in `poll` alone.
+    """
 
     def __init__(self):
-        self.signal: int | None = None
+        self.asked: int | None = None
+        self.signal: int | None = None  # that came to this process
         self.phase = PREPARING
+        self.of_several = False  # whether the process may wait for others, deaf to signals
+        self.largest: Callable | None = None
+        self.under_way: deque = deque()
+
+    def agree_by(self, largest: Callable) -> None:
+        """Let processes agree: by the largest of all processes' ints, of each poll."""
+        self.largest = largest
+
+    def poll(self) -> int | None:
+        """Set and return `asked`. All processes must call it equally often."""
+        if self.largest is None:
+            self.asked = self.signal
+        else:
+            self.under_way.append(self.largest(self.signal or 0))
+            if len(self.under_way) > LAG:
+                self.asked = self.asked or int(self.under_way.popleft()) or None
+        return self.asked
 
     def __enter__(self):
         self.heard, self.told = os.pipe()
@@ -57,6 +85,10 @@ class StopRequest:
             if number[0] not in SIGNALS:
                 continue
             n_heard += 1
+            if self.phase == PREPARING and self.of_several:
+                time.sleep(GRACE_SECONDS)  # in which what was begun is taken back
+                if self.phase == PREPARING:
+                    os._exit(128 + number[0])
             if self.phase == STARTING:
                 tell("stopped: nothing was done yet that is not saved")
                 os._exit(128 + number[0])

@@ -1,7 +1,6 @@
 """A training run from its settings to the final model: the order of events."""
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import itertools
@@ -19,6 +18,7 @@ import yaml
 from gpt2_flax import (
     checkpoint,
     curves,
+    durations,
     evaluate,
     memory,
     metrics,
@@ -27,6 +27,7 @@ from gpt2_flax import (
     outcome,
     parallel,
     plan,
+    processes,
     profiling,
     report,
     reporters,
@@ -38,6 +39,7 @@ from gpt2_flax import (
 from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml, profiled_steps
 from gpt2_flax.data import batches, opening, show
 from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError, say
+from gpt2_flax.logs import Logs
 from gpt2_flax.model_config import make_config
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 from gpt2_flax.settings import read_yaml, shown
@@ -67,21 +69,33 @@ def train(config: TrainConfig) -> int:
         stop = cleanup.enter_context(stopping.StopRequest())
         cleanup.enter_context(never_left_early())
         cleanup.enter_context(checkpoint.quiet_closed_loops())
-        run_files.refuse_links(output_dir, "output_dir", but=(model_card.CARD_FILE,))
-        holds_a_run = (output_dir / SETTINGS_FILE).is_file()
-        if holds_a_run:
-            cleanup.enter_context(locked(output_dir))
-        continuing = check_output_dir(config, output_dir)
-        reporters.check(config.report_to)
+        processes.join(config)
+        stop.of_several = processes.several()
+        with processes.together():
+            check_intervals(config)
+
+        def look_into_directory():
+            run_files.refuse_links(output_dir, "output_dir", but=(model_card.CARD_FILE,))
+            holds_a_run = (output_dir / SETTINGS_FILE).is_file()
+            if holds_a_run:
+                cleanup.enter_context(locked(output_dir))
+            continuing = check_output_dir(config, output_dir)
+            reporters.check(config.report_to)
+            return holds_a_run, continuing
+
+        holds_a_run, continuing = processes.first_only(look_into_directory)
         checkpoints, newest, newest_meta = None, 0, None
         if continuing:
+            watch = cleanup.enter_context(processes.watching(output_dir, config))
             checkpoints = open_checkpoints(config, output_dir, cleanup)
             newest, newest_meta = checkpoints.newest_meta()
-        text = opening.open_text(config)
-        tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
-        model_config, given_params = choose_model(config, tokenizer, newest_meta)
-        sampler = make_sampler(config, model_config, tokenizer)
-        train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
+        with processes.together():
+            text = opening.open_text(config)
+            tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
+            model_config, given_params = choose_model(config, tokenizer, newest_meta)
+            sampler = make_sampler(config, model_config, tokenizer)
+            train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
+        processes.check_alike(what_must_be_alike(config, train_rows, tokenizer, model_config))
 
         # -------------------------------------------------------- build
         run = None
@@ -90,46 +104,38 @@ def train(config: TrainConfig) -> int:
                 lambda: plan.describe_memory(run, config), plan.remedy_for_memory(config)
             )
         )
-        run = plan.build_run(config, model_config, train_rows, newest, newest_meta)
-        trace = make_trace(config, output_dir, run.total_steps)
-        if not holds_a_run:
-            make_directory(output_dir)
-            cleanup.enter_context(locked(output_dir))
-            check_still_new(output_dir)
+        with processes.together():
+            run = plan.build_run(config, model_config, train_rows, newest, newest_meta)
+            trace = make_trace(config, output_dir, run.total_steps)
+
+        def take_directory():
+            if not holds_a_run:
+                make_directory(output_dir)
+                cleanup.enter_context(locked(output_dir))
+                check_still_new(output_dir)
+            if not continuing:
+                save_settings(config, tokenizer, output_dir)
+
+        processes.first_only(take_directory)
         if not continuing:
-            save_settings(config, tokenizer, output_dir)
+            watch = cleanup.enter_context(processes.watching(output_dir, config))
             checkpoints = open_checkpoints(config, output_dir, cleanup)
 
         # -------------------------------------------------------- restore
         state, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
         if int(state.step) != newest:  # that one is damaged: another number of steps is left
             run = plan.build_run(config, model_config, train_rows, int(state.step), meta)
-        reporter = reporters.make(
-            config.report_to, output_dir, dataclasses.asdict(config), int(state.step)
-        )
-        cleanup.callback(reporter.close)
-        run_log = metrics.RunLog(output_dir, reporter)
-        run_log.forget_after(int(state.step))
-        sample_log = samples.SampleLog(output_dir)
-        sample_log.forget_after(int(state.step))
-        ledger = metrics.StepLog(output_dir / metrics.LEDGER_FILE) if config.ledger else None
-        if ledger is not None:
-            ledger.forget_after(int(state.step))
+        with processes.together():
+            logs = Logs(config, output_dir, int(state.step), sampler, processes.is_first())
+            cleanup.callback(logs.close)
         about_text = describe_text(config, train_rows, held_out, about_text)
         checkpoints.warn_of_room(state)
         describe_run(run, config, about_text, state, trace)
 
         # -------------------------------------------------------- loop
-        def sample_now(n, params):
-            if sampler is not None:
-                text = sampler.sample(params, n)
-                sample_log.put(n, text)
-                reporter.text(n, "sample", text)
-
         state, stopped_by = loop(
-            run, config, state, meta, train_rows, held_out, checkpoints, run_log, ledger,
-            sample_now, trace, stop,
-        )  # fmt: skip
+            run, config, state, meta, train_rows, held_out, checkpoints, logs, trace, stop, watch
+        )
         opening.warn_of_stream(train_rows)
         if stopped_by is not None:
             say(f"saved step {int(state.step)}; the same command goes on from there")
@@ -137,11 +143,12 @@ def train(config: TrainConfig) -> int:
 
         # -------------------------------------------------------- finish
         stop.phase = stopping.FINISHING
-        if sampler is not None and sampler.newest != int(state.step):
-            sample_now(int(state.step), state.params)
-        finish(run, config, state, tokenizer, output_dir, run_log)
-        reporter.close()  # before the summary, since Weights & Biases prints one of its own
-        look_back(run, config, state, about_text, run_log, sample_log, checkpoints)
+        with processes.together():
+            if processes.is_first():
+                logs.sample(int(state.step), state.params)
+                finish(run, state, tokenizer, output_dir, logs)
+                logs.close()  # before the summary, since Weights & Biases prints one of its own
+                look_back(run, config, state, about_text, logs, checkpoints)
     return 0
 
 
@@ -182,6 +189,29 @@ def check_output_dir(config: TrainConfig, output_dir: pathlib.Path) -> bool:
             "  choose another --output_dir, or repeat the run's settings to continue it"
         )
     return True
+
+
+def check_intervals(config: TrainConfig) -> None:
+    """Raise UserError where processes would have to agree on what time it is."""
+    for name in ("eval_every", "save_every"):
+        value = getattr(config, name)
+        if processes.several() and durations.split(value)[1] == "seconds":
+            raise UserError(
+                f"{name} {value} is a time, and a run of several processes counts steps\n"
+                f"  give --{name} in steps, tokens or epochs"
+            )
+
+
+def what_must_be_alike(config, rows, tokenizer, model_config) -> dict:
+    """What the processes of a run have to have in common, beside the files that they share."""
+    settings = yaml.safe_load(dump_yaml(config))
+    return {
+        **{f"--{name}": value for name, value in settings.items() if name != "cache_dir"},
+        "its code or version of jax": processes.code_version(),
+        "its training text": rows.fingerprint,
+        "its tokenizer": tokenizer.fingerprint,
+        "its model": model_config.to_dict(),
+    }
 
 
 def check_still_new(output_dir: pathlib.Path) -> None:
@@ -342,14 +372,14 @@ def make_sampler(config, model_config, tokenizer) -> samples.Sampler | None:
 
 
 def make_trace(config, output_dir, total_steps) -> profiling.StepTrace:
-    """Raises UserError for steps that the run does not have."""
+    """Of the first process. Raises UserError for steps that the run does not have."""
     span = profiled_steps(config.profile)
     if span is not None and span[1] > total_steps:
         raise UserError(
             f"profile {config.profile} goes beyond the run's {total_steps} steps\n"
             "  trace earlier steps"
         )
-    return profiling.StepTrace(output_dir, span)
+    return profiling.StepTrace(output_dir, span if processes.is_first() else None)
 
 
 @contextlib.contextmanager
@@ -422,10 +452,11 @@ class InterruptedEvaluationError(Exception):
 
 
 def loop(
-    run, config, state, meta, rows, held_out, checkpoints, run_log, ledger, sample_now, trace,
-    stop,
+    run, config, state, meta, rows, held_out, checkpoints, logs, trace, stop, watch
 ):  # fmt: skip
     """Train to the last step. Returns (state, the signal that stopped it early or None)."""
+    if processes.several():
+        stop.agree_by(parallel.compile_maximum())
     stop.phase = stopping.STARTING
     n = first = int(state.step)
     cursor, evaluated, best = meta["cursor"], meta["evaluated"], meta["best_validation_loss"]
@@ -444,7 +475,7 @@ def loop(
 
     def report(row):
         if row is not None:
-            run_log.write(row)
+            logs.write(row)
             progress.show(row["step"], row["train_loss"], row["tokens_per_second"])
             for line in meter.notes():
                 progress.say(line)
@@ -457,18 +488,18 @@ def loop(
         nonlocal evaluated
         report(meter.flush())
         loss = None if held_out is None else validate()
-        sample_now(n, state.params)
+        logs.sample(n, state.params)
         evaluated = n
-        curves.draw(metrics.read_log(run_log.path), run_log.path.with_name(curves.PLOT_FILE))
+        logs.draw()
         return loss
 
     def validate():
         # A trial of a few steps is not to be followed by an evaluation longer than itself.
         n_rows = config.eval_rows or run.total_steps * run.global_batch
-        loss, n_tokens = held_out_loss(run, config, state.params, held_out, n_rows, stop)
+        loss, n_tokens = held_out_loss(run, config, state.params, held_out, n_rows, stop, watch)
         perplexity = evaluate.perplexity(loss)
         about = {"step": n, "tokens": meter.tokens_now()}
-        run_log.merge(about | {"validation_loss": loss, "perplexity": perplexity})
+        logs.merge(about | {"validation_loss": loss, "perplexity": perplexity})
         part = "" if n_tokens == len(held_out) - 1 else f" (on the first {n_tokens:,} tokens)"
         progress.say(f"step {n}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{part}")
         return loss
@@ -485,7 +516,8 @@ def loop(
             )
         if config.replica_check_every:
             check_replicas()
-        checkpoints.save(n, state._asdict(), meta | about, validation_loss)
+        whole = parallel.of_all_processes(state._asdict())
+        checkpoints.save(n, whole, meta | about, validation_loss)
 
     def check_replicas():
         differing = parallel.differing_replicas(state)
@@ -518,7 +550,9 @@ def loop(
     steps = itertools.islice(steps, run.total_steps - first)
     ready = parallel.prefetch(
         steps,
-        lambda taken: taken._replace(batch=parallel.put_batch(taken.batch, run.micro_batches)),
+        lambda taken: taken._replace(
+            batch=parallel.put_batch(taken.batch, run.micro_batches, config.parallel)
+        ),
     )
 
     with contextlib.ExitStack() as cleanup:
@@ -535,10 +569,11 @@ def loop(
                 state, values = run.train_step(state, batch)
             stop.phase = stopping.RUNNING
             n += 1
-            if ledger is not None:
-                ledger.write({"step": n, "rows": numbers.tolist()})
+            logs.took(n, numbers)
             meter.add(n, values)
             progress.advance()
+            watch.move_on(n)
+            stop.poll()
             validation_loss = None
             if is_due(run.logging):
                 epoch = cursor["rows"] / rows.count if rows.count else cursor["epoch"]
@@ -548,27 +583,27 @@ def loop(
                     report(meter.flush())
                     trace.stop()
                     progress.say(f"the trace of steps {config.profile} is in {trace.folder}")
-                if is_due(run.evaluating) and not stop.signal:
+                if is_due(run.evaluating) and not stop.asked:
                     with contextlib.suppress(InterruptedEvaluationError):
                         validation_loss = evaluate_now()
                     run.evaluating.done()
-                if is_best(validation_loss) or is_due(run.saving) or stop.signal:
+                if is_best(validation_loss) or is_due(run.saving) or stop.asked:
                     save_now(validation_loss)
                     run.saving.done()
                 elif config.replica_check_every and n % config.replica_check_every == 0:
                     check_replicas()
-                if trace.begins_at(n + 1) and not stop.signal:
+                if trace.begins_at(n + 1) and not stop.asked:
                     report(meter.flush())
                     trace.start()
-            if stop.signal:
+            if stop.asked:
                 break
         report(meter.flush())
         checkpoints.confirm(n)
     stopped_early = n < run.total_steps or (held_out is not None and evaluated < n)
-    return state, stop.signal if stopped_early else None
+    return state, stop.asked if stopped_early else None
 
 
-def held_out_loss(run, config, params, held_out, n_rows, stop) -> tuple[float, int]:
+def held_out_loss(run, config, params, held_out, n_rows, stop, watch) -> tuple[float, int]:
     """(mean loss on the first rows of the held-out text, targets counted).
 
     Raises InterruptedEvaluationError on a stop request.
@@ -581,11 +616,12 @@ def held_out_loss(run, config, params, held_out, n_rows, stop) -> tuple[float, i
 
     def unless_stopped(ready):
         for batch in ready:
-            if stop.signal:
+            watch.move_on()
+            if stop.poll():
                 raise InterruptedEvaluationError
             yield batch
 
-    ready = parallel.prefetch(chunks, lambda batch: parallel.put_batch(batch, None))
+    ready = parallel.prefetch(chunks, lambda batch: parallel.put_batch(batch, None, run.engine))
     with contextlib.closing(ready):
         return evaluate.mean_loss(run.eval_step, params, unless_stopped(ready))
 
@@ -593,7 +629,7 @@ def held_out_loss(run, config, params, held_out, n_rows, stop) -> tuple[float, i
 # ---------------------------------------------------------------- finish
 
 
-def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
+def finish(run, state, tokenizer, output_dir, logs) -> None:
     """Export the model and draw the curves."""
     model = FlaxGPT2LMHeadModel(
         run.model_config, dtype=run.module.dtype, params=jax.device_get(state.params)
@@ -603,10 +639,10 @@ def finish(run, config, state, tokenizer, output_dir, run_log) -> None:
     ):
         model.save_pretrained(output_dir)
         tokenizer.save(output_dir)
-    curves.draw(metrics.read_log(run_log.path), output_dir / curves.PLOT_FILE)
+    logs.draw()
 
 
-def look_back(run, config, state, about_text, run_log, sample_log, checkpoints) -> None:
+def look_back(run, config, state, about_text, logs, checkpoints) -> None:
     """Write report.html and the model card, and say what came of the run and what to do next."""
     output_dir = pathlib.Path(config.output_dir)
     came_to = outcome.Outcome(
@@ -617,8 +653,8 @@ def look_back(run, config, state, about_text, run_log, sample_log, checkpoints) 
         step=int(state.step),
         rows_per_step=run.global_batch,
         peak=run.peak,
-        rows=metrics.read_log(run_log.path),
-        samples=sample_log.read() if config.sample_tokens else {},
+        rows=logs.rows(),
+        samples=logs.read_samples(),
         checkpoints=checkpoints.steps(),
     )
     report.write(came_to, output_dir / curves.PLOT_FILE, output_dir / report.REPORT_FILE)

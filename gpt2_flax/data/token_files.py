@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from gpt2_flax import errors
 from gpt2_flax.data.sources import blank_error, digest
 from gpt2_flax.errors import StorageError, UserError, say
 
@@ -423,7 +424,7 @@ class Bar:
     def __init__(self, what: str):
         self.began, self.shown = time.perf_counter(), 0.0
         self.bar = tqdm(
-            total=1000, desc=what, disable=None, leave=False,
+            total=1000, desc=what, disable=errors.is_silent or None, leave=False,
             bar_format="{desc}: {percentage:3.0f}% |{bar:20}| [{elapsed}<{remaining}]{postfix}",
         )  # fmt: skip
 

@@ -1,0 +1,68 @@
+"""What a run writes of itself while it trains: its numbers, samples, curves, the rows it took.
+
+Of several processes only the first writes.
+"""
+
+import dataclasses
+import pathlib
+
+from gpt2_flax import curves, metrics, reporters, samples
+from gpt2_flax.config import TrainConfig
+
+
+class Logs:
+    """The logs of a run's directory. Close it, or what a reporter holds back may be lost."""
+
+    def __init__(self, config: TrainConfig, output_dir, step: int, sampler, writes: bool):
+        """step: that the run is at; what the files say of later ones is dropped.
+
+        sampler: None for no samples. writes: False for a process that keeps silent.
+        """
+        self.writes, self.sampler = writes, sampler
+        if not writes:
+            return
+        self.plot = pathlib.Path(output_dir) / curves.PLOT_FILE
+        settings = dataclasses.asdict(config)
+        self.reporter = reporters.make(config.report_to, output_dir, settings, step)
+        self.numbers = metrics.RunLog(output_dir, self.reporter)
+        self.samples = samples.SampleLog(output_dir)
+        self.ledger = metrics.StepLog(self.numbers.path.with_name(metrics.LEDGER_FILE))
+        self.has_ledger, self.has_samples = config.ledger, bool(config.sample_tokens)
+        for log in (self.numbers, self.samples, *([self.ledger] if self.has_ledger else [])):
+            log.forget_after(step)
+
+    def write(self, row: dict) -> None:
+        """A row of the training loss."""
+        if self.writes:
+            self.numbers.write(row)
+
+    def merge(self, row: dict) -> None:
+        """A row of an evaluation, into that of the step's training loss if there is one."""
+        if self.writes:
+            self.numbers.merge(row)
+
+    def took(self, step: int, rows) -> None:
+        """rows: (n, 2), the epochs and numbers of those that a step was given."""
+        if self.writes and self.has_ledger:
+            self.ledger.write({"step": step, "rows": rows.tolist()})
+
+    def sample(self, step: int, params) -> None:
+        """Let the model go on with the prompt, unless it did at this step."""
+        if self.writes and self.sampler is not None and self.sampler.newest != step:
+            text = self.sampler.sample(params, step)
+            self.samples.put(step, text)
+            self.reporter.text(step, "sample", text)
+
+    def draw(self) -> None:
+        if self.writes:
+            curves.draw(self.rows(), self.plot)
+
+    def rows(self) -> list[dict]:
+        return metrics.read_log(self.numbers.path)
+
+    def read_samples(self) -> dict[int, str]:
+        return self.samples.read() if self.has_samples else {}
+
+    def close(self) -> None:
+        if self.writes:
+            self.reporter.close()
