@@ -48,7 +48,10 @@ class Checkpoints:
                 active_processes={*range(jax.process_count())} if processes.several() else None
             ),
             todelete_subdir=TRASH,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self.seal),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self.seal,
+                barrier_sync_fn=make_barrier() if processes.several() else None,
+            ),
         )
         self.saving = None  # the step that is being saved
         self.needed = 0  # its bytes
@@ -281,6 +284,22 @@ def kinds(tree) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
+
+
+def make_barrier():
+    """Orbax's barrier of several processes, but for one whose save failed.
+
+    The others wait for it elsewhere, and it would wait for them: its error has to come first.
+    """
+    barrier = ocp.multihost.get_barrier_sync_fn(processes={*range(jax.process_count())})
+
+    def sync(*, key: str, timeout_ms: int) -> None:
+        error = sys.exc_info()[1]  # of the `finally` in which Orbax calls this
+        if error is not None:
+            raise error
+        barrier(key=key, timeout_ms=timeout_ms)
+
+    return sync
 
 
 def preservation_policy(keep: int):

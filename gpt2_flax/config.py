@@ -346,6 +346,10 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
     require_each(at_least_0, lambda value: 0 <= value < float("inf"), "0 or more")
     require_each(above_0, lambda value: 0 < value < float("inf"), "above 0")
     require_each(shares, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    # Beyond these a float32 is infinite, or 0.
+    scales = ("learning_rate", "min_learning_rate", "weight_decay", "grad_clip", "adam_epsilon")
+    require_each(scales, lambda value: value <= 1e30, "at most 1e30")
+    require_each(("adam_epsilon",), lambda value: value >= 1e-30, "at least 1e-30")
     counted = [name for name, kind in TYPES.items() if int in (kind, *typing.get_args(kind))]
     require_each(
         [*(name for name in counted if name != "seed"), "warmup_steps", "decay_steps"],
@@ -442,7 +446,8 @@ def find_process_faults(c: TrainConfig) -> list[str]:
             f"process_id {c.process_id} is not below num_processes {c.num_processes}\n"
             "  number the processes from 0"
         )
-    if address and not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", address):
+    port = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", address)
+    if address and not (port and 0 < int(port[1]) < 65536):
         faults.append(
             f"coordinator_address {plain(address)} is not of the form HOST:PORT\n"
             "  for example 10.0.0.1:8476"

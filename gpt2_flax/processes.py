@@ -28,9 +28,9 @@ from gpt2_flax.errors import Interrupted, OtherProcessError, StorageError, UserE
 
 FOLDER = ".processes"  # below output_dir, while several processes use it
 JOIN_SECONDS = 20  # to wait for the coordinator, beside which JAX waits for the others
-HEARTBEAT_SECONDS = 50  # after which JAX's runtime ends the others of a process that is gone
+HEARTBEAT_SECONDS = 80  # after which JAX's runtime would end the others, in words of its own
 BEAT_SECONDS = 1.0  # between two signs of life
-SILENT_SECONDS = 30  # without one, where this process waits: its own runtime would wait longer
+SILENT_SECONDS = 30  # without one, for a process that waits meanwhile
 FAREWELL_SECONDS = 3  # for the others to read why a process ends, before it takes JAX's with it
 
 
@@ -76,14 +76,14 @@ def join(config) -> None:
             "  give all of them --coordinator_address HOST:PORT and --num_processes, and each"
             " its --process_id; or --num_processes 1 for a run of one process"
         ) from error
-    counts = [jax.local_device_count(), *gather(jax.local_device_count())]
+    errors.is_silent = not is_first()
+    of_processes = [device.process_index for device in jax.devices()]
+    counts = [of_processes.count(number) for number in range(jax.process_count())]
     if len({*counts}) > 1:
-        raise UserError(
-            f"the processes have {', '.join(map(str, counts[1:]))} devices: they must have the"
-            " same number\n  start one process a machine, or one a device"
+        refuse_together(
+            f"the processes have {', '.join(map(str, counts))} devices: they must have the same"
+            " number\n  start one process a machine, or one a device"
         )
-    if not is_first():
-        errors.is_silent = True
 
 
 def wanted(config) -> dict | None:
@@ -196,11 +196,18 @@ def check_alike(about: dict) -> None:
     for number, other in enumerate(everyone):
         for name, value in everyone[0].items():
             if other[name] != value:
-                raise UserError(
+                refuse_together(
                     f"process {number} differs from process 0 in {name}:"
                     f" {short(other[name])} instead of {short(value)}\n"
                     "  start all of them by the same command, on the same code and text"
                 )
+
+
+def refuse_together(message: str) -> None:
+    """Raise UserError for what all processes have found alike; the first speaks."""
+    error = UserError(message) if is_first() else OtherProcessError(0, UserError.exit_code)
+    error.ends_all = True
+    raise error
 
 
 def short(value) -> str:
@@ -232,6 +239,8 @@ def watching(output_dir, config):
         if not several() or getattr(error, "ends_all", False):
             watch.ended.set()
             raise
+        if is_of_a_broken_connection(error):  # the watch soon knows whose, and ends this process
+            time.sleep(SILENT_SECONDS + 5)
         code = errors.report(error, config.debug)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -332,6 +341,8 @@ class Watch:
         with contextlib.suppress(OSError):
             text = f"\nerror: {why}\n  the same command goes on from the newest checkpoint\n"
             os.write(2, text.encode())
+        if is_first():  # with it goes what JAX's runtime holds the others together by
+            time.sleep(FAREWELL_SECONDS + 1)
         os._exit(OtherProcessError.default_exit_code)
 
     def fail(self, error: BaseException) -> None:
@@ -352,6 +363,12 @@ class Watch:
             if is_first():
                 shutil.rmtree(self.folder, ignore_errors=True)
             jax.distributed.shutdown()
+
+
+def is_of_a_broken_connection(error: BaseException) -> bool:
+    """Whether a collective failed since another process is gone."""
+    words = ("Gloo", "NCCL", "Connection reset", "Connection closed", "UNAVAILABLE")
+    return isinstance(error, ValueError | RuntimeError) and any(w in str(error) for w in words)
 
 
 def stored(work, folder):

@@ -95,7 +95,9 @@ def train(config: TrainConfig) -> int:
             model_config, given_params = choose_model(config, tokenizer, newest_meta)
             sampler = make_sampler(config, model_config, tokenizer)
             train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
-        processes.check_alike(what_must_be_alike(config, train_rows, tokenizer, model_config))
+        processes.check_alike(
+            what_must_be_alike(config, train_rows, held_out, tokenizer, model_config)
+        )
 
         # -------------------------------------------------------- build
         run = None
@@ -202,13 +204,14 @@ def check_intervals(config: TrainConfig) -> None:
             )
 
 
-def what_must_be_alike(config, rows, tokenizer, model_config) -> dict:
+def what_must_be_alike(config, rows, held_out, tokenizer, model_config) -> dict:
     """What the processes of a run have to have in common, beside the files that they share."""
     settings = yaml.safe_load(dump_yaml(config))
     return {
         **{f"--{name}": value for name, value in settings.items() if name != "cache_dir"},
         "its code or version of jax": processes.code_version(),
         "its training text": rows.fingerprint,
+        "its held-out text": None if held_out is None else [held_out.fingerprint, len(held_out)],
         "its tokenizer": tokenizer.fingerprint,
         "its model": model_config.to_dict(),
     }

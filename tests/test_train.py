@@ -71,12 +71,13 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 
 def learned(output_dir):
     """Everything a run has learned: state and cursor of its newest checkpoint."""
-    with jax.default_device(jax.devices()[0]):
-        opened = checkpoint.Checkpoints(output_dir, 1)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
-        restored = opened.manager.restore(opened.steps()[-1], args=items)
-        opened.close()
-    return jax.tree.map(np.asarray, restored["state"]), restored["meta"]["cursor"]
+    newest = checkpoint.locate(output_dir, None)
+    as_numpy = jax.tree.map(
+        lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), checkpoint.stored_shapes(newest)
+    )
+    with ocp.PyTreeCheckpointer() as reader:
+        state = reader.restore(newest / "state", restore_args=as_numpy)
+    return state, checkpoint.read_meta(newest)["cursor"]
 
 
 def assert_same_run(a, b):

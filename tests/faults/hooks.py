@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,44 @@ def stop_after(step: int, number: int = signal.SIGTERM) -> None:
     follow(metrics.Meter, "add", also)
 
 
+def set_variables(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+
+
+def lose_patience(seconds: float, slow: float = 0.0) -> None:
+    """Give up a process that is silent for so long."""
+    from gpt2_flax import processes
+
+    processes.SILENT_SECONDS = seconds
+    slow_down(slow)
+
+
+def hang_alone(step: int, process: int, patience: float) -> None:
+    """One process hangs after a step, and the threads of it that show life go on."""
+    from gpt2_flax import metrics, processes
+
+    processes.SILENT_SECONDS = patience
+
+    def also(self, n, values):
+        if n == step and jax.process_index() == process:
+            while True:
+                time.sleep(1)
+
+    follow(metrics.Meter, "add", also)
+
+
+def fail_alone(step: int, process: int) -> None:
+    from gpt2_flax import metrics
+
+    def also(self, n, values):
+        if n == step and jax.process_index() == process:
+            raise RuntimeError("a hook failed in one process")
+
+    follow(metrics.Meter, "add", also)
+
+
 def slow_down(seconds: float) -> None:
     """Let each step take that much longer."""
-    import time
-
     from gpt2_flax import metrics
 
     follow(metrics.Meter, "add", lambda self, n, values: time.sleep(seconds))
