@@ -184,8 +184,8 @@ class TrainConfig:
     )
     step_timeout: float = setting(
         0.0,
-        "seconds in which a step, or a batch of an evaluation, must be done: a run that hangs"
-        " for longer ends; 0: no limit",
+        "seconds in which a step but the first, or a batch of an evaluation, must be done: a run"
+        " that hangs for longer ends; 0: no limit",
     )
 
     # Run

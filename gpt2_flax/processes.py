@@ -259,7 +259,7 @@ class Watch:
     def __init__(self, output_dir, step_timeout: float):
         """step_timeout: seconds; 0 for no limit. Raises UserError where nothing is shared."""
         self.step_timeout, self.step = step_timeout, 0
-        self.moved = time.monotonic()
+        self.moved, self.has_begun = time.monotonic(), False
         self.folder = pathlib.Path(output_dir) / FOLDER
         self.seen: dict[int, tuple[object, float]] = {}  # the last sign, and when it was new
         self.ended = threading.Event()
@@ -291,13 +291,13 @@ class Watch:
 
     def move_on(self, step: int | None = None) -> None:
         """Called where this process has waited for all others and goes on."""
-        self.moved = time.monotonic()
+        self.moved, self.has_begun = time.monotonic(), True
         self.step = self.step if step is None else step
 
     def beat(self, ended: str = "") -> None:
         sign = {
             "n": time.monotonic(), "step": self.step, "host": socket.gethostname(),
-            "pid": os.getpid(), "ended": ended,
+            "pid": os.getpid(), "where": where(), "ended": ended,
         }  # fmt: skip
         path = self.folder / f"{jax.process_index()}.json"
         temporary = path.with_suffix(".tmp")
@@ -311,8 +311,9 @@ class Watch:
                     self.beat()
                 self.look()
             idle = time.monotonic() - self.moved
-            if self.step_timeout and idle > self.step_timeout and not self.ended.is_set():
-                self.give_up(f"no step was finished for {idle:.0f} s{self.slowest()}")
+            has_time = not self.has_begun or self.ended.is_set()  # to compile, to save
+            if self.step_timeout and idle > self.step_timeout and not has_time:
+                self.give_up(f"no step was finished for {idle:.0f} s: {self.whereabouts()}")
 
     def look(self) -> None:
         now = time.monotonic()
@@ -331,10 +332,14 @@ class Watch:
                     f"process {number}{described(last)} has not been heard of for {silent:.0f} s"
                 )
 
-    def slowest(self) -> str:
-        steps = {n: sign["step"] for n, (sign, _) in self.seen.items() if sign}
-        behind = [n for n, step in steps.items() if step < self.step]
-        return f"; process {min(behind, key=steps.get)} is behind" if behind else ""
+    def whereabouts(self) -> str:
+        """Where the processes are: who hangs is where the others do not wait."""
+        signs = {n: sign for n, (sign, _) in self.seen.items() if sign}
+        signs[jax.process_index()] = {"step": self.step, "where": where()}
+        return "; ".join(
+            f"process {n} is at step {sign.get('step')}, in {sign.get('where')}"
+            for n, sign in sorted(signs.items())
+        )
 
     def give_up(self, why: str) -> None:
         """End this process at once: its main thread may wait for ever."""
@@ -369,6 +374,12 @@ def is_of_a_broken_connection(error: BaseException) -> bool:
     """Whether a collective failed since another process is gone."""
     words = ("Gloo", "NCCL", "Connection reset", "Connection closed", "UNAVAILABLE")
     return isinstance(error, ValueError | RuntimeError) and any(w in str(error) for w in words)
+
+
+def where() -> str:
+    """The line of code that the main thread is in."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    return f"{pathlib.Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "?"
 
 
 def stored(work, folder):

@@ -20,7 +20,7 @@ from gpt2_flax.errors import Interrupted
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What the run is doing, and with it what a signal does.
 PREPARING = "preparing"  # Interrupted is raised: what was begun is taken back
-STARTING = "starting"  # the first step is compiled: the process ends at once
+STARTING = "starting"  # the first step is compiled: a process by itself ends at once
 RUNNING = "running"  # it is noted, for the loop to see
 FINISHING = "finishing"  # nothing: the model is written out, which takes seconds
 GRACE_SECONDS = 2
@@ -89,13 +89,14 @@ class StopRequest:
                 time.sleep(GRACE_SECONDS)  # in which what was begun is taken back
                 if self.phase == PREPARING:
                     os._exit(128 + number[0])
-            if self.phase == STARTING:
+            # Another process may have made the step already that this one compiles.
+            if self.phase == STARTING and not self.of_several:
                 tell("stopped: nothing was done yet that is not saved")
                 os._exit(128 + number[0])
             if n_heard > 1 and number[0] == signal.SIGINT:
                 tell("stopped at once")
                 os._exit(128 + number[0])
-            if self.phase == RUNNING and n_heard == 1:
+            if self.phase in (STARTING, RUNNING) and n_heard == 1:
                 tell("stopping: the step is finished and saved first")
             if self.phase == FINISHING:
                 tell("the run is complete; its model is being written")

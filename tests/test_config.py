@@ -35,6 +35,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 # A value beside the default, and what else must be given for it to take effect.
 ANOTHER = {
+    "coordinator_address": "10.0.0.1:8476",
     "n_heads": 16,
     "n_embd": 816,
     "optimizer": "lion",
@@ -61,6 +62,7 @@ COMPANIONS = {
     "document_separator": ["--train_file", "a"],
     "encoding_errors": ["--train_file", "a"],
     "decay_steps": ["--lr_schedule", "wsd"],
+    "process_id": ["--num_processes", "9", "--coordinator_address", "a:1"],
 }
 
 

@@ -19,8 +19,7 @@ from gpt2_flax.errors import run_main
 from scripts.convert import main as convert
 from tests.faults.runs import SETTINGS, as_argv, is_saved, learned, saved_steps, steps_of
 
-
-PATIENCE = 10  # seconds for a step, a save by two processes on shared cores, and 5 beside them
+PATIENCE = 20  # seconds for a step, a save by two processes and 5 beside them, on busy cores
 
 
 @pytest.fixture(scope="module")
@@ -220,16 +219,20 @@ def test_who_loses_another_process_ends_and_the_run_goes_on_afterwards(
 def test_a_process_that_hangs_is_named(start, tmp_path):
     runs = start(tmp_path / "run", 2, 1, hook=["hang_alone", 5, 1, 60], step_timeout=6)
     assert runs[0].wait(60) == 6, runs[0].text()
-    assert "error: no step was finished for" in runs[0].text()
-    assert "process 1 is behind" in runs[0].text()
     assert runs[1].wait(60) == 6
+    said = (
+        r"no step was finished for \d+ s: process 0 is at step \d, in (.*); process 1 is at step"
+    )
+    found = re.search(said + r" \d, in hooks.py:\d+\n", runs[0].text())
+    assert found, runs[0].text()
+    assert "hooks.py" not in found[1]
 
 
 def test_a_single_process_that_hangs_ends_too(nursery, text, tmp_path):
     settings = SETTINGS | {"train_file": text, "output_dir": tmp_path / "run", "max_steps": 90}
     run = nursery.start(as_argv(settings | {"step_timeout": 3}), hook=["hang_in_step", 12])
     assert run.wait(60) == 6
-    assert "error: no step was finished for 3 s" in run.text()
+    assert re.search(r"error: no step was finished for \d s: process 0 is at", run.text())
 
 
 def test_the_others_of_a_process_with_a_bug_say_whose_it_is(start, tmp_path):
