@@ -28,11 +28,25 @@ from gpt2_flax.outputs import (
 
 Array = jax.Array
 Dtype = Any
+GELU_FACTOR, GELU_CUBIC = math.sqrt(2.0 / math.pi), 0.044715
 MAX_SIZE = 2**26  # of an axis: beyond any GPT-2, and no product of two overflows
 
 
-def _gelu_tanh(x, cubic=0.044715):
-    return 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + cubic * x**3)))
+@jax.custom_jvp
+def _gelu_tanh(x):
+    return 0.5 * x * (1.0 + jnp.tanh(GELU_FACTOR * (x + GELU_CUBIC * x**3)))
+
+
+@_gelu_tanh.defjvp
+def _gelu_tanh_jvp(primals, tangents):
+    """The slope in closed form, and not by tanh.
+
+    XLA would keep the forward pass's tanh for it, as large as x, which is kept anyway.
+    """
+    (x,), (dx,) = primals, tangents
+    half = jax.nn.sigmoid(2.0 * GELU_FACTOR * (x + GELU_CUBIC * x**3))  # (1 + tanh) / 2
+    slope = half + x * half * (1.0 - half) * (2.0 * GELU_FACTOR) * (1.0 + 3.0 * GELU_CUBIC * x**2)
+    return _gelu_tanh(x), dx * slope
 
 
 def _gelu_erf(x):
@@ -124,6 +138,25 @@ def _layer_norm_jvp(epsilon, primals, tangents):
     dnormed = dx - dx.mean(-1, keepdims=True) - normed * (normed * dx).mean(-1, keepdims=True)
     dout = dnormed * inverse_std * scale + normed * dscale + dbias
     return out, dout.astype(x.dtype)
+
+
+@jax.custom_jvp
+def softmax(scores: Array) -> Array:
+    """Softmax over the last axis.
+
+    It ends in an exponential, which XLA computes once and keeps. A quotient it would compute
+    again wherever it is used, and keep its two parts.
+    """
+    scores = scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    return jnp.exp(scores - jnp.log(jnp.exp(scores).sum(-1, keepdims=True)))
+
+
+@softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    (scores,), (dscores,) = primals, tangents
+    probs = softmax(scores)
+    weighted = probs * dscores
+    return probs, weighted - probs * weighted.sum(-1, keepdims=True)
 
 
 class LayerNorm(nn.Module):
@@ -286,7 +319,7 @@ class FlaxGPT2Attention(nn.Module):
         if allowed_BxHxTxK is not None:
             lowest = jnp.finfo(jnp.float32).min
             scores_BxHxTxK = jnp.where(allowed_BxHxTxK, scores_BxHxTxK, lowest)
-        return jax.nn.softmax(scores_BxHxTxK, axis=-1).astype(self.dtype)
+        return softmax(scores_BxHxTxK).astype(self.dtype)
 
     def _hf_flax_probabilities(self, q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, deterministic):
         drops = not deterministic and self.config.attn_pdrop > 0.0
@@ -597,6 +630,20 @@ class FlaxGPT2LMHeadModule(nn.Module):
             cross_attentions=states.cross_attentions,
         )
         return output if return_dict else output.to_tuple()
+
+    def states(self, input_ids, deterministic: bool = True, row_ids=None):
+        """The last layer's states after LayerNorm (B, T, D), without logits."""
+        output = self.transformer(input_ids, deterministic=deterministic, row_ids=row_ids)
+        return output.last_hidden_state
+
+    def head(self, params):
+        """The head's matrix of type `dtype`: a row for each id, and the rows of the padding."""
+        if self.config.tie_word_embeddings:
+            head_VxD = params["transformer"]["wte"]["embedding"]
+        else:
+            head_VxD = params["lm_head"]["kernel"].T
+        padding = -self.config.vocab_size % self.pad_vocab_to_multiple_of
+        return jnp.pad(head_VxD.astype(self.dtype), ((0, padding), (0, 0)))
 
     def _logits(self, x_BxTxD):
         if self.last_logits_only:
