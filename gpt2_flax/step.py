@@ -5,6 +5,7 @@ A `batch` has `ids_BxS`, `slot_B` and `length_B`, described in data/batches.py.
 `axis_name` is the pmap axis to reduce over; None where the arrays already are global.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +56,16 @@ def loss_sum(params, batch, key, model, logits_at_once: int | None = None):
     return loss, counts_BxT.sum(dtype=jnp.float32)
 
 
-def train_step(state: TrainState, batch, *, model, optimizer, seed: int, axis_name=None):
+def train_step(
+    state: TrainState,
+    batch,
+    *,
+    model,
+    optimizer,
+    seed: int,
+    logits_at_once: int | None = None,
+    axis_name=None,
+):
     """One optimizer update from a batch of shape (A, B, ...). Returns (state, metrics).
 
     The gradient is that of the mean loss over all targets of all micro-batches and devices,
@@ -66,7 +76,8 @@ def train_step(state: TrainState, batch, *, model, optimizer, seed: int, axis_na
     are; the step, its rows, its dropout and its learning rate are used up all the same.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+    loss_of = functools.partial(loss_sum, logits_at_once=logits_at_once)
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
     def add_micro_batch(sums, micro_batch):
         (loss, tokens), grads = value_and_grad(state.params, micro_batch, key, model)
@@ -124,7 +135,7 @@ def all_finite(tree) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def eval_step(params, batch, *, model, axis_name=None):
+def eval_step(params, batch, *, model, logits_at_once: int | None = None, axis_name=None):
     """(summed loss, number of targets) of a batch of shape (B, ...), without dropout."""
-    sums = loss_sum(params, batch, None, model)
+    sums = loss_sum(params, batch, None, model, logits_at_once)
     return jax.lax.psum(sums, axis_name) if axis_name is not None else sums

@@ -18,6 +18,7 @@ import yaml
 
 from gpt2_flax import (
     checkpoint,
+    compilation_cache,
     curves,
     evaluate,
     memory,
@@ -58,6 +59,8 @@ def train(config: TrainConfig) -> int:
     Raises UserError, or one of its kinds, for what the user can put right.
     """
     quiet_libraries()
+    compilation_cache.use(config.compilation_cache)
+    memory.trim_after_compiling()
     output_dir = pathlib.Path(config.output_dir)
     if config.show_data:
         return show_data(config)
