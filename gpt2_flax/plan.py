@@ -73,8 +73,9 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
         )
     schedule, optimizer = make_optimizer(config, total_steps, in_steps)
     train_step = functools.partial(step.train_step, **fixed_for_step(config, module, optimizer))
-    at_once = config.logits_at_once or None
-    eval_step = functools.partial(step.eval_step, model=module, logits_at_once=at_once)
+    eval_step = functools.partial(
+        step.eval_step, model=module, logits_at_once=config.logits_at_once or None
+    )
     share = global_batch // jax.process_count()
     first = jax.process_index() * share
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
