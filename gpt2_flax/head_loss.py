@@ -65,6 +65,8 @@ def _loss_of_chunk(logits_BxtxW, targets_Bxt, counts_Bxt):
 def _forward(x_BxTxD, head_WxD, targets_BxT, counts_BxT, n_ids, at_once):
     total, dx_BxtxD, dhead_WxD = 0.0, [], None
     for x, targets, counts in _chunks(at_once, x_BxTxD, targets_BxT, counts_BxT):
+        if dhead_WxD is not None:  # XLA would compute the logits of all chunks first
+            x = _after(total + dhead_WxD.ravel()[0], x, jnp.zeros((), x.dtype))
         logits_BxtxW = _logits(x, head_WxD, n_ids)
         loss, log_sums_Bxtx1 = _loss_of_chunk(logits_BxtxW, targets, counts)
         total += loss
@@ -75,13 +77,18 @@ def _forward(x_BxTxD, head_WxD, targets_BxT, counts_BxT, n_ids, at_once):
         if jax.default_backend() == "cpu":
             # XLA transposes them for the other product: only once dx is there, so that the
             # two forms never are in memory at the same time.
-            first = dx.ravel()[0]
-            targets = jnp.where(first == first, targets, -1)
+            targets = _after(dx, targets, -1)
             dlogits_BxtxW = _dlogits(probs_BxtxW, targets, counts).astype(x.dtype)
         part_WxD = _product(dlogits_BxtxW, x, ((0, 1), (0, 1)))
         dhead_WxD = part_WxD if dhead_WxD is None else dhead_WxD + part_WxD
     dx_BxTxD = jnp.concatenate(dx_BxtxD, axis=1) if len(dx_BxtxD) > 1 else dx_BxtxD[0]
     return total, (dx_BxTxD.astype(x_BxTxD.dtype), dhead_WxD.astype(head_WxD.dtype))
+
+
+def _after(array, waiting, instead):
+    """`waiting`, computed only when `array` is; `instead` where that begins with NaN."""
+    first = array.ravel()[0]
+    return jnp.where(first == first, waiting, instead)
 
 
 def _dlogits(probs_BxtxW, targets_Bxt, counts_Bxt):
