@@ -48,23 +48,92 @@ def data(settings: dict) -> dict:
         "tokenize_hf": ("tokenizers' encode_batch, one core", "MB/s"),
         "tokenize_hf_fast": ("tokenizers' encode_batch_fast, one core", "MB/s"),
     }
+    return {names[cell][0]: spread(names[cell][1], found) for cell, found in values.items()}
+
+
+def train(settings: dict) -> dict:
+    """Our training step and those of peers, on random rows, new ones each step.
+
+    settings: peer (names of cells), n_layers, n_embd, n_heads, vocab_size, batch_size (of a
+    step, over all devices), block_size, dtype, dropout, steps, warm_up, processes. Peers get the
+    same sizes, update rule and clipping. Each round is cold: it has an empty folder for compiled
+    programs, in which one more process of ours then starts warm.
+    """
+    rounds = {cell: [] for cell in ("ours", *settings["peer"])}
+    warm = []
+    for n in range(settings["processes"]):
+        with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
+            kept = settings | {"compilation_cache": f"{folder}/jax", "seed": n}
+            variables = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch"}
+            for cell, found in rounds.items():
+                found.append(of_training(cell, kept, variables))
+            again = of_training("ours", kept | {"steps": 1, "warm_up": 0}, variables)
+            warm.append(again["s to the first step"])
+    results = spreads(rounds)
+    results["ours: s to the first step, compiled before"] = spread("", warm)
+    for cell in settings["peer"]:
+        for what in ("tokens/s", "processor s/step", "GB of the host", "GB of the device"):
+            pairs = zip(rounds["ours"], rounds[cell], strict=True)
+            values = [a[what] / b[what] for a, b in pairs if what in a and what in b]
+            if values:
+                results[f"ours / {cell}: {what}"] = spread("", values)
+    return results
+
+
+def decode(settings: dict) -> dict:
+    """Greedy decoding after a prompt of random ids with a cache, ours and PyTorch's."""
+    settings = settings | {"dropout": 0.0, "dtype": "float32"}
+    rounds = {"decode ours": [], "decode torch": []}
+    for n in range(settings["processes"]):
+        for cell, found in rounds.items():
+            found.append(of_training(cell, settings | {"seed": n}))
+    results = spreads(rounds)
+    pairs = zip(*rounds.values(), strict=True)
+    results["ours / torch: tokens/s"] = spread(
+        "", [a["tokens/s"] / b["tokens/s"] for a, b in pairs]
+    )
+    return results
+
+
+def checkpoint(settings: dict) -> dict:
+    """What a save costs the steps around it."""
+    found = [
+        of_training("checkpoint", settings | {"dropout": 0.0, "seed": n})
+        for n in range(settings["processes"])
+    ]
+    return spreads({"save": found})
+
+
+def of_training(cell: str, settings: dict, variables: dict | None = None) -> dict:
+    settings = settings | {"began": time.time()}
+    return in_fresh_process(cell, settings, "gpt2_flax.benchmark_train", variables)
+
+
+def spreads(rounds: dict[str, list[dict]]) -> dict:
+    """The figures of each cell's processes as name -> median and range."""
     return {
-        names[cell][0]: {
-            "unit": names[cell][1],
-            "median": statistics.median(found),
-            "low": min(found),
-            "high": max(found),
-        }
-        for cell, found in values.items()
+        f"{cell}: {what}": spread("", [figures[what] for figures in found])
+        for cell, found in rounds.items()
+        for what in found[0]
     }
 
 
-def in_fresh_process(cell: str, settings: dict):
+def spread(unit: str, values: list) -> dict:
+    """Median and range; None of values that are not known."""
+    if None in values:
+        return {"unit": unit, "median": None, "low": None, "high": None}
+    low, high = min(values), max(values)
+    return {"unit": unit, "median": statistics.median(values), "low": low, "high": high}
+
+
+def in_fresh_process(
+    cell: str, settings: dict, module="gpt2_flax.benchmark", variables: dict | None = None
+):
     """What a cell measured, in a process of its own. Raises UserError where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (variables or {})
     if cell.startswith("tokenize"):
         environment |= {"TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "gpt2_flax.benchmark", cell, json.dumps(settings)]
+    command = [sys.executable, "-m", module, cell, json.dumps(settings)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     if process.returncode:
         _, _, message = process.stderr.rpartition("error: ")
@@ -81,6 +150,8 @@ def table(results: dict) -> str:
     return "\n".join(
         f"{name:{width}}  {shown(r['median']):>8} {r['unit']}"
         f"  ({shown(r['low'])} to {shown(r['high'])})"
+        if r["median"] is not None
+        else f"{name:{width}}   unknown"
         for name, r in results.items()
     )
 
@@ -207,10 +278,16 @@ CELLS = {
     },
 }
 
-if __name__ == "__main__":
+
+def run_cell(cells: dict) -> int:
+    """Run the cell that the command line names and print what it measured, as JSON."""
     from gpt2_flax.errors import run_main
 
     def main(argv):
-        print(json.dumps(CELLS[argv[0]](json.loads(argv[1]))))
+        print(json.dumps(cells[argv[0]](json.loads(argv[1]))))
 
-    sys.exit(run_main(main, sys.argv[1:]))
+    return run_main(main, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run_cell(CELLS))

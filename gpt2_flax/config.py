@@ -169,6 +169,11 @@ class TrainConfig:
         "what the backward pass computes again instead of keeping it in memory: whole blocks,"
         " or attention's scores alone",
     )
+    logits_at_once: int = setting(
+        0,
+        "positions of each row whose logits are in memory at a time: less of it for large"
+        " vocabularies and long rows; 0: all",
+    )
     seed: int = setting(42, "fixes initialisation, order of rows and dropout")
     parallel: Literal["pmap", "jit"] = setting(
         "pmap", "how the step runs on many devices; both replicate the model"
@@ -212,6 +217,11 @@ class TrainConfig:
         "steps between checkpoints, or '1 epoch', '100M tokens', at most a quarter of the run;"
         " or '30 minutes'; so is each that is the best yet by validation loss; 0: only the last",
         units=("steps", "epochs", "tokens", "time"),
+    )
+    compilation_cache: str = setting(
+        "auto",
+        "directory for compiled programs, with which the next start need not compile; auto: one"
+        " in the user's cache; off: none",
     )
     keep: int = setting(2, "newest checkpoints to keep, beside the best by validation loss")
     report_to: Literal["none", "tensorboard", "wandb"] = setting(
@@ -257,7 +267,8 @@ FREE_ON_RESUME = {
     "output_dir", "cache_dir", "parallel", "log_every", "eval_every", "eval_rows",
     "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
     "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger", "profile", "remat",
-    "max_bad_steps", "replica_check_every", "step_timeout",
+    "max_bad_steps", "replica_check_every", "step_timeout", "compilation_cache",
+    "logits_at_once",
 }  # fmt: skip
 
 
@@ -339,7 +350,7 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
                   "weight_decay", "grad_clip", "warmup_steps", "min_learning_rate",
                   "vocab_size", "tokenize_processes", "show_data", "decay_steps",
                   "max_bad_steps", "replica_check_every", "num_processes", "process_id",
-                  "step_timeout")  # fmt: skip
+                  "step_timeout", "logits_at_once")  # fmt: skip
     above_0 = ("learning_rate", "epochs", "adam_epsilon")
     shares = ("dropout", "beta1", "beta2", "validation_share")
     require_each(at_least_1, lambda value: value >= 1, "at least 1")

@@ -1,6 +1,7 @@
 """Memory of devices: what a step takes, what there is, and what is said when it runs out."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 from collections.abc import Callable
@@ -46,6 +47,27 @@ def step_bytes(compiled) -> int:
         + plan.temp_size_in_bytes
         - plan.alias_size_in_bytes
     )
+
+
+def trim_after_compiling() -> None:
+    """From now on give back to the system what the compiler of a program has freed.
+
+    glibc would keep it beside what the program then takes: 0.3 GB at 124M. Other C libraries
+    have nothing to be told.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None and not _trims:
+        _trims.append(trim)
+        jax.monitoring.register_event_duration_secs_listener(_trim)
+
+
+_trims: list[Callable] = []
+
+
+def _trim(event: str, seconds: float, **unused) -> None:
+    if event == "/jax/core/compile/backend_compile_duration" and seconds > 0.2:
+        for trim in _trims:
+            trim(0)
 
 
 def largest_batch(bytes_of: Callable[[int], int], limit: int, allowed: list[int]) -> int:

@@ -28,11 +28,25 @@ from gpt2_flax.outputs import (
 
 Array = jax.Array
 Dtype = Any
+GELU_FACTOR, GELU_CUBIC = math.sqrt(2.0 / math.pi), 0.044715
 MAX_SIZE = 2**26  # of an axis: beyond any GPT-2, and no product of two overflows
 
 
-def _gelu_tanh(x, cubic=0.044715):
-    return 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + cubic * x**3)))
+@jax.custom_jvp
+def _gelu_tanh(x):
+    return 0.5 * x * (1.0 + jnp.tanh(GELU_FACTOR * (x + GELU_CUBIC * x**3)))
+
+
+@_gelu_tanh.defjvp
+def _gelu_tanh_jvp(primals, tangents):
+    """The slope in closed form, and not by tanh.
+
+    XLA would keep the forward pass's tanh for it, as large as x, which is kept anyway.
+    """
+    (x,), (dx,) = primals, tangents
+    half = jax.nn.sigmoid(2.0 * GELU_FACTOR * (x + GELU_CUBIC * x**3))  # (1 + tanh) / 2
+    slope = half + x * half * (1.0 - half) * (2.0 * GELU_FACTOR) * (1.0 + 3.0 * GELU_CUBIC * x**2)
+    return _gelu_tanh(x), dx * slope
 
 
 def _gelu_erf(x):
@@ -126,36 +140,103 @@ def _layer_norm_jvp(epsilon, primals, tangents):
     return out, dout.astype(x.dtype)
 
 
+@jax.custom_jvp
+def softmax(scores: Array) -> Array:
+    """Softmax over the last axis.
+
+    It ends in an exponential, which XLA computes once and keeps. A quotient it would compute
+    again wherever it is used, and keep its two parts.
+    """
+    scores = scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    return jnp.exp(scores - jnp.log(jnp.exp(scores).sum(-1, keepdims=True)))
+
+
+@softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    (scores,), (dscores,) = primals, tangents
+    probs = softmax(scores)
+    weighted = probs * dscores
+    return probs, weighted - probs * weighted.sum(-1, keepdims=True)
+
+
 class LayerNorm(nn.Module):
     epsilon: float
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BxTxD):
+    def __call__(self, x_BxTxD, as_function: bool = False):
+        """The normed x; as_function: (function, arrays) with which x gives it."""
         width = x_BxTxD.shape[-1]
         scale_D = self.param("scale", nn.initializers.ones, (width,))
         bias_D = self.param("bias", nn.initializers.zeros, (width,))
         scale_1x1xD, bias_1x1xD = (
             leaf.astype(jnp.float32).reshape(1, 1, -1) for leaf in (scale_D, bias_D)
         )
-        return layer_norm(x_BxTxD, scale_1x1xD, bias_1x1xD, self.epsilon).astype(self.dtype)
+        function = functools.partial(_layer_norm_as, self.epsilon, self.dtype)
+        if as_function:
+            return function, (scale_1x1xD, bias_1x1xD)
+        return function(x_BxTxD, scale_1x1xD, bias_1x1xD)
+
+
+def _layer_norm_as(epsilon, dtype, x_BxTxD, scale_1x1xD, bias_1x1xD):
+    return layer_norm(x_BxTxD, scale_1x1xD, bias_1x1xD, epsilon).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product_of(function, x, arrays, kernel, bias):
+    """function(x, *arrays) @ kernel.T + bias, of which x is kept for the gradient.
+
+    The function is computed again there. To XLA it must not look like the same computation,
+    whose result it would keep: it waits for the incoming gradient, as in `recomputed`.
+    """
+    return _product(function(x, *arrays), kernel) + bias
+
+
+def _product(x, kernel):
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _product_of_forward(function, x, arrays, kernel, bias):
+    return product_of(function, x, arrays, kernel, bias), (x, arrays, kernel)
+
+
+def _product_of_backward(function, saved, dout):
+    x, arrays, kernel = saved
+    first, rows = dout.ravel()[0], tuple(range(dout.ndim - 1))
+    x = jnp.where(first == first, x, jnp.zeros((), x.dtype))
+    inner, pull_back = jax.vjp(function, x, *arrays)
+    dinner = jax.lax.dot_general(dout, kernel, (((dout.ndim - 1,), (0,)), ((), ())))
+    dx, *darrays = pull_back(dinner.astype(inner.dtype))
+    dkernel = jax.lax.dot_general(dout, inner, ((rows, rows), ((), ())))
+    dbias = dout.sum(rows, keepdims=True)
+    return dx, tuple(darrays), dkernel.astype(kernel.dtype), dbias
+
+
+product_of.defvjp(_product_of_forward, _product_of_backward)
 
 
 class FlaxConv1D(nn.Module):
-    """x @ kernel.T + bias; the kernel is (out, in)."""
+    """x @ kernel.T + bias; the kernel is (out, in).
+
+    before: (function, arrays) where function(x, *arrays) is to take the place of x, and not to
+    be kept for the gradient.
+    """
 
     features: int
     stddev: float = 0.02
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, before=None):
         init = nn.initializers.normal(self.stddev)
         kernel = self.param("kernel", init, (self.features, x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        product = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-        return product + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+        bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
+        if before is not None:
+            function, arrays = before
+            return product_of(function, x, arrays, kernel, bias)
+        return _product(x, kernel) + bias
 
 
 def initial_std(config, hf_flax_compat: bool, residual: bool = False) -> float:
@@ -209,9 +290,11 @@ class FlaxGPT2Attention(nn.Module):
     checkpointing: bool = False
 
     @nn.compact  # for the cache's variables
-    def __call__(self, x_BxTxD, source_BxKxD, mask_BxK, row_ids_B, deterministic, init_cache):
+    def __call__(
+        self, x_BxTxD, source_BxKxD, mask_BxK, row_ids_B, deterministic, init_cache, before=None
+    ):
         B, T, D = x_BxTxD.shape
-        q_BxTxHxC, k_BxKxHxC, v_BxKxHxC = self._project(x_BxTxD, source_BxKxD)
+        q_BxTxHxC, k_BxKxHxC, v_BxKxHxC = self._project(x_BxTxD, source_BxKxD, before)
         allowed_BxHxTxK = None  # all
         if mask_BxK is not None:
             allowed_BxHxTxK = mask_BxK[:, None, None, :].astype(bool)
@@ -235,17 +318,17 @@ class FlaxGPT2Attention(nn.Module):
         out_BxTxD = drop(c_proj(mixed_BxTxHxC.reshape(B, T, D)), row_ids_B, deterministic)
         return out_BxTxD, probs_BxHxTxK
 
-    def _project(self, x_BxTxD, source_BxKxD):
+    def _project(self, x_BxTxD, source_BxKxD, before):
         D, H = self.config.n_embd, self.config.n_head
         std = initial_std(self.config, self.hf_flax_compat)
 
-        def heads(features, name, states):
-            out = FlaxConv1D(features, std, self.dtype, name=name)(states)
+        def heads(features, name, states, before=None):
+            out = FlaxConv1D(features, std, self.dtype, name=name)(states, before)
             split = out.reshape(*out.shape[:2], features // D, H, D // H)
             return (split[:, :, n] for n in range(features // D))
 
         if not self.is_cross_attention:
-            return heads(3 * D, "c_attn", x_BxTxD)
+            return heads(3 * D, "c_attn", x_BxTxD, before)
         return (*heads(D, "q_attn", x_BxTxD), *heads(2 * D, "c_attn", source_BxKxD))
 
     def _mix(self, q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic):
@@ -286,7 +369,7 @@ class FlaxGPT2Attention(nn.Module):
         if allowed_BxHxTxK is not None:
             lowest = jnp.finfo(jnp.float32).min
             scores_BxHxTxK = jnp.where(allowed_BxHxTxK, scores_BxHxTxK, lowest)
-        return jax.nn.softmax(scores_BxHxTxK, axis=-1).astype(self.dtype)
+        return softmax(scores_BxHxTxK).astype(self.dtype)
 
     def _hf_flax_probabilities(self, q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK, deterministic):
         drops = not deterministic and self.config.attn_pdrop > 0.0
@@ -332,6 +415,7 @@ class FlaxGPT2MLP(nn.Module):
     config: Any
     dtype: Dtype = jnp.float32
     hf_flax_compat: bool = False
+    keeps_little: bool = False
 
     def setup(self):
         config, compat = self.config, self.hf_flax_compat
@@ -342,9 +426,14 @@ class FlaxGPT2MLP(nn.Module):
         )
         self.dropout = Dropout(config.resid_pdrop, compat)
 
-    def __call__(self, x_BxTxD, row_ids_B, deterministic):
-        hidden_BxTxI = ACTIVATIONS[self.config.activation_function](self.c_fc(x_BxTxD))
-        return self.dropout(self.c_proj(hidden_BxTxI), row_ids_B, deterministic)
+    def __call__(self, x_BxTxD, row_ids_B, deterministic, before=None):
+        activation = ACTIVATIONS[self.config.activation_function]
+        hidden_BxTxI = self.c_fc(x_BxTxD, before)
+        if self.keeps_little:
+            out_BxTxD = self.c_proj(hidden_BxTxI, (activation, ()))
+        else:
+            out_BxTxD = self.c_proj(activation(hidden_BxTxI))
+        return self.dropout(out_BxTxD, row_ids_B, deterministic)
 
 
 class FlaxGPT2Block(nn.Module):
@@ -355,6 +444,7 @@ class FlaxGPT2Block(nn.Module):
     dtype: Dtype = jnp.float32
     hf_flax_compat: bool = False
     attention_checkpointing: bool = False
+    keeps_little: bool = False
 
     def setup(self):
         epsilon, compat = self.config.layer_norm_epsilon, self.hf_flax_compat
@@ -368,14 +458,16 @@ class FlaxGPT2Block(nn.Module):
                 self.config, self.layer, self.dtype, True, compat
             )
         self.ln_2 = LayerNorm(epsilon, self.dtype)
-        self.mlp = FlaxGPT2MLP(self.config, self.dtype, compat)
+        self.mlp = FlaxGPT2MLP(self.config, self.dtype, compat, self.keeps_little)
 
     def __call__(
         self, x_BxTxD, mask_BxK, encoder_BxKxD, encoder_mask_BxK, row_ids_B, deterministic,
         init_cache,
     ):  # fmt: skip
-        normed = self.ln_1(x_BxTxD)
-        mixed, probs = self.attn(normed, None, mask_BxK, row_ids_B, deterministic, init_cache)
+        normed, before = self._normed(self.ln_1, x_BxTxD)
+        mixed, probs = self.attn(
+            normed, None, mask_BxK, row_ids_B, deterministic, init_cache, before
+        )
         x_BxTxD, probabilities = x_BxTxD + mixed, (probs,)
         if encoder_BxKxD is not None:
             mixed, probs = self.crossattention(
@@ -383,8 +475,15 @@ class FlaxGPT2Block(nn.Module):
                 deterministic, False,
             )  # fmt: skip
             x_BxTxD, probabilities = x_BxTxD + mixed, (*probabilities, probs)
-        x_BxTxD = x_BxTxD + self.mlp(self.ln_2(x_BxTxD), row_ids_B, deterministic)
+        normed, before = self._normed(self.ln_2, x_BxTxD)
+        x_BxTxD = x_BxTxD + self.mlp(normed, row_ids_B, deterministic, before)
         return x_BxTxD, probabilities
+
+    def _normed(self, layer_norm, x_BxTxD):
+        """(normed x, None), or (x, how it is normed) for a product that keeps x alone."""
+        if self.keeps_little:
+            return x_BxTxD, layer_norm(x_BxTxD, as_function=True)
+        return layer_norm(x_BxTxD), None
 
 
 class FlaxGPT2BlockCollection(nn.Module):
@@ -392,7 +491,8 @@ class FlaxGPT2BlockCollection(nn.Module):
 
     With gradient_checkpointing a layer's activations are computed again in the backward pass,
     with attention_checkpointing the probabilities of its attention to itself alone;
-    forward-mode derivatives are then not to be had.
+    forward-mode derivatives are then not to be had. Nor are they with keeps_little, which
+    computes again what costs next to nothing: LayerNorm and the activation.
     """
 
     config: Any
@@ -400,6 +500,7 @@ class FlaxGPT2BlockCollection(nn.Module):
     hf_flax_compat: bool = False
     gradient_checkpointing: bool = False
     attention_checkpointing: bool = False
+    keeps_little: bool = False
 
     @nn.compact
     def __call__(self, x_BxTxD, *args):
@@ -409,6 +510,7 @@ class FlaxGPT2BlockCollection(nn.Module):
         for layer in range(self.config.n_layer):
             fields = self.config, layer, self.dtype, self.hf_flax_compat
             fields = (*fields, self.attention_checkpointing and not keeps)
+            fields = (*fields, self.keeps_little and not keeps)
             inputs.append(x_BxTxD)
             if self.gradient_checkpointing and not keeps:
                 run = recomputed(functools.partial(self._apply, fields, deterministic))
@@ -471,6 +573,7 @@ class FlaxGPT2Module(nn.Module):
     hf_flax_compat: bool = False
     gradient_checkpointing: bool = False
     attention_checkpointing: bool = False
+    keeps_little: bool = False
 
     def setup(self):
         config, compat = self.config, self.hf_flax_compat
@@ -479,8 +582,9 @@ class FlaxGPT2Module(nn.Module):
         self.wpe = nn.Embed(config.n_positions, config.n_embd, self.dtype, embedding_init=init)
         self.dropout = Dropout(config.embd_pdrop, compat)
         self.h = FlaxGPT2BlockCollection(
-            config, self.dtype, compat, self.gradient_checkpointing, self.attention_checkpointing
-        )
+            config, self.dtype, compat, self.gradient_checkpointing, self.attention_checkpointing,
+            self.keeps_little,
+        )  # fmt: skip
         self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype)
 
     def __call__(
@@ -548,12 +652,13 @@ class FlaxGPT2LMHeadModule(nn.Module):
     last_logits_only: bool = False  # (B, 1, V), all that the prompt of `generate` needs
     attention_checkpointing: bool = False
     pad_vocab_to_multiple_of: int = 1  # width of the logits; ids from V on have logit -inf
+    keeps_little: bool = False  # LayerNorm and activation are computed again for the gradient
 
     def setup(self):
         config = self.config
         self.transformer = FlaxGPT2Module(
             config, self.dtype, self.hf_flax_compat, self.gradient_checkpointing,
-            self.attention_checkpointing,
+            self.attention_checkpointing, self.keeps_little,
         )  # fmt: skip
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(
@@ -597,6 +702,20 @@ class FlaxGPT2LMHeadModule(nn.Module):
             cross_attentions=states.cross_attentions,
         )
         return output if return_dict else output.to_tuple()
+
+    def states(self, input_ids, deterministic: bool = True, row_ids=None):
+        """The last layer's states after LayerNorm (B, T, D), without logits."""
+        output = self.transformer(input_ids, deterministic=deterministic, row_ids=row_ids)
+        return output.last_hidden_state
+
+    def head(self, params):
+        """The head's matrix of type `dtype`: a row for each id, and the rows of the padding."""
+        if self.config.tie_word_embeddings:
+            head_VxD = params["transformer"]["wte"]["embedding"]
+        else:
+            head_VxD = params["lm_head"]["kernel"].T
+        padding = -self.config.vocab_size % self.pad_vocab_to_multiple_of
+        return jnp.pad(head_VxD.astype(self.dtype), ((0, padding), (0, 0)))
 
     def _logits(self, x_BxTxD):
         if self.last_logits_only:

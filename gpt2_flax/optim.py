@@ -76,9 +76,20 @@ def make_optimizer(
         "muon": lambda: scale_by_muon(beta1, beta2, epsilon),
         "adafactor": scale_by_adafactor,
     }[name]()
-    clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
+    clip = clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
     return optax.chain(clip, rule, decay, scale_by_rate_of_step(schedule))
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """optax's clipping, by one factor: where each number is divided, XLA keeps the quotients."""
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, largest / optax.tree.norm(updates))
+        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def scale_by_adafactor() -> optax.GradientTransformation:

@@ -78,8 +78,10 @@ def compile_train_step(step: Callable, engine: str) -> Callable:
     engine "jit": one program for all; XLA puts the reductions in.
     """
     if engine == "pmap":
+        # XLA would copy the gradients to reduce them over one device.
+        axis_name = AXIS if jax.device_count() > 1 else None
         return jax.pmap(
-            functools.partial(step, axis_name=AXIS),
+            functools.partial(step, axis_name=axis_name),
             axis_name=AXIS,
             in_axes=(None, 0),
             out_axes=(None, None),

@@ -47,13 +47,7 @@ class Run:
 
 def build_run(config, model_config, rows, first_step: int, meta: dict | None) -> Run:
     """What the loop needs to go on after a step. meta: of that step's checkpoint, if any."""
-    module = FlaxGPT2LMHeadModule(
-        model_config,
-        jnp.dtype(config.dtype),
-        pad_vocab_to_multiple_of=config.pad_vocab_to_multiple_of,
-        gradient_checkpointing=config.remat == "block",
-        attention_checkpointing=config.remat == "attention",
-    )
+    module = make_module(config, model_config)
     saved_batch = meta["global_batch"] if meta is not None else None
     if config.batch_size == "auto":
         config = dataclasses.replace(
@@ -79,9 +73,10 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
             "  lower --max_steps or --epochs"
         )
     schedule, optimizer = make_optimizer(config, total_steps, in_steps)
-    fixed = {"model": module, "optimizer": optimizer, "seed": config.seed}
-    train_step = functools.partial(step.train_step, **fixed)
-    eval_step = functools.partial(step.eval_step, model=module)
+    train_step = functools.partial(step.train_step, **fixed_for_step(config, module, optimizer))
+    eval_step = functools.partial(
+        step.eval_step, model=module, logits_at_once=config.logits_at_once or None
+    )
     share = global_batch // jax.process_count()
     first = jax.process_index() * share
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
@@ -108,6 +103,27 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
         ),
         peak=peak and peak * jax.device_count(),
     )
+
+
+def make_module(config, model_config) -> FlaxGPT2LMHeadModule:
+    return FlaxGPT2LMHeadModule(
+        model_config,
+        jnp.dtype(config.dtype),
+        pad_vocab_to_multiple_of=config.pad_vocab_to_multiple_of,
+        gradient_checkpointing=config.remat == "block",
+        attention_checkpointing=config.remat == "attention",
+        # Elsewhere it was not measured.
+        keeps_little=jax.default_backend() == "cpu",
+    )
+
+
+def fixed_for_step(config, module, optimizer) -> dict:
+    return {
+        "model": module,
+        "optimizer": optimizer,
+        "seed": config.seed,
+        "logits_at_once": config.logits_at_once or None,
+    }
 
 
 def count_steps(config, rows, global_batch, first_step, meta, speed, in_steps):
@@ -176,8 +192,7 @@ def trial(config, module):
     """(what makes a state, a step on many devices) of a run whose length is not known yet."""
     _, optimizer = make_optimizer(config, 1, lambda value: 1)
     make = functools.partial(step.init_state, model=module, optimizer=optimizer)
-    fixed = {"model": module, "optimizer": optimizer, "seed": config.seed}
-    update = functools.partial(step.train_step, **fixed)
+    update = functools.partial(step.train_step, **fixed_for_step(config, module, optimizer))
     return make, parallel.compile_train_step(update, config.parallel)
 
 

@@ -5,11 +5,14 @@ A `batch` has `ids_BxS`, `slot_B` and `length_B`, described in data/batches.py.
 `axis_name` is the pmap axis to reduce over; None where the arrays already are global.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from gpt2_flax import head_loss
 
 
 class TrainState(NamedTuple):
@@ -29,25 +32,40 @@ def state_from_params(params, optimizer) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def loss_sum(params, batch, key, model):
+def loss_sum(params, batch, key, model, logits_at_once: int | None = None):
     """(summed cross-entropy in nats, number of targets) of a micro-batch, both float32.
 
-    key: of the step, for dropout; None for none.
+    key: of the step, for dropout; None for none. logits_at_once: positions of every row whose
+    logits are held at a time, None for all.
     """
     inputs_BxT, targets_BxT = batch.ids_BxS[:, :-1], batch.ids_BxS[:, 1:]
-    output = model.apply(
+    T = inputs_BxT.shape[1]
+    counts_BxT = jnp.arange(T)[None, :] < batch.length_B[:, None]
+    x_BxTxD = model.apply(
         {"params": params},
         inputs_BxT,
         deterministic=key is None,
         row_ids=batch.slot_B,
         rngs=None if key is None else {"dropout": key},
+        method="states",
     )
-    loss_BxT = optax.softmax_cross_entropy_with_integer_labels(output.logits, targets_BxT)
-    counts_BxT = jnp.arange(inputs_BxT.shape[1])[None, :] < batch.length_B[:, None]
-    return jnp.where(counts_BxT, loss_BxT, 0.0).sum(), counts_BxT.sum(dtype=jnp.float32)
+    loss = head_loss.cross_entropy_sum(
+        x_BxTxD, model.head(params), targets_BxT, counts_BxT, model.config.vocab_size,
+        min(logits_at_once or T, T),
+    )  # fmt: skip
+    return loss, counts_BxT.sum(dtype=jnp.float32)
 
 
-def train_step(state: TrainState, batch, *, model, optimizer, seed: int, axis_name=None):
+def train_step(
+    state: TrainState,
+    batch,
+    *,
+    model,
+    optimizer,
+    seed: int,
+    logits_at_once: int | None = None,
+    axis_name=None,
+):
     """One optimizer update from a batch of shape (A, B, ...). Returns (state, metrics).
 
     The gradient is that of the mean loss over all targets of all micro-batches and devices,
@@ -58,7 +76,8 @@ def train_step(state: TrainState, batch, *, model, optimizer, seed: int, axis_na
     are; the step, its rows, its dropout and its learning rate are used up all the same.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+    loss_of = functools.partial(loss_sum, logits_at_once=logits_at_once)
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
     def add_micro_batch(sums, micro_batch):
         (loss, tokens), grads = value_and_grad(state.params, micro_batch, key, model)
@@ -75,18 +94,39 @@ def train_step(state: TrainState, batch, *, model, optimizer, seed: int, axis_na
         sums = jax.lax.psum(sums, axis_name)
     loss, tokens, grads = sums
 
-    grads = jax.tree.map(lambda grad: grad / tokens, grads)
+    share = 1.0 / tokens
+    grads = jax.tree.map(lambda grad: grad * share, grads)
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-    params = optax.apply_updates(state.params, updates)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
-    )
+    params, opt_state = update(state, grads, optimizer, is_finite)
     metrics = {"loss_sum": loss, "tokens": tokens, "grad_norm": norm}
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def update(state: TrainState, grads, optimizer, is_wanted):
+    """(parameters, optimizer's state) after an update, or as they were if it is not wanted.
+
+    On a CPU each half is an update of its own, the second of an old state that is there only
+    after the new parameters: they are computed from it, and XLA would copy all of it to write
+    the new one over the old. (Of either update it drops what is not used.)
+    """
+    old = state.opt_state
+    updates, new = optimizer.update(grads, old, state.params, step=state.step)
+    params = select(is_wanted, optax.apply_updates(state.params, updates), state.params)
+    if jax.default_backend() == "cpu":
+        old = select(are_there(params), old, jax.tree.map(jnp.zeros_like, old))
+        _, new = optimizer.update(grads, old, state.params, step=state.step)
+    return params, select(is_wanted, new, old)
+
+
+def select(condition, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def are_there(tree) -> jax.Array:
+    """True as soon as every array of a tree is computed, if no number in it is NaN."""
+    firsts = jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(tree)])
+    return (firsts == firsts).all()
 
 
 def all_finite(tree) -> jax.Array:
@@ -95,7 +135,7 @@ def all_finite(tree) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def eval_step(params, batch, *, model, axis_name=None):
+def eval_step(params, batch, *, model, logits_at_once: int | None = None, axis_name=None):
     """(summed loss, number of targets) of a batch of shape (B, ...), without dropout."""
-    sums = loss_sum(params, batch, None, model)
+    sums = loss_sum(params, batch, None, model, logits_at_once)
     return jax.lax.psum(sums, axis_name) if axis_name is not None else sums

@@ -17,6 +17,7 @@ import yaml
 
 from gpt2_flax import (
     checkpoint,
+    compilation_cache,
     curves,
     durations,
     evaluate,
@@ -60,6 +61,8 @@ def train(config: TrainConfig) -> int:
     Raises UserError, or one of its kinds, for what the user can put right.
     """
     quiet_libraries()
+    compilation_cache.use(config.compilation_cache)
+    memory.trim_after_compiling()
     output_dir = pathlib.Path(config.output_dir)
     if config.show_data:
         return show_data(config)

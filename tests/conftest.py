@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Runs of the scripts leave the user's cache of compiled programs alone, and compile.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import jax
 import pytest
@@ -22,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same tiny programs: one directory for all of them, gone at the end.
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
+jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,6 +1,5 @@
 """The measurements of docs/benchmarks.md that are too slow for a test.
 
-python -m tests.measure decode [ROUNDS]   greedy decoding and PyTorch's, fresh processes in turn
 python -m tests.measure memory            temporary memory of a gradient, with and without
                                           gradient checkpointing, as the compiler plans it
 python -m tests.measure logging [ROUNDS]  steps with a row of the log each and with one in a
@@ -17,63 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-
-PROMPT, NEW, REPEATS = 32, 128, 3
-KINDS = ("gpt2_flax", "torch eager", "torch sdpa")
-
-
-def decode_once(kind: str) -> dict:
-    """Seconds of the first call and of REPEATS more: one prompt, random weights of 124M."""
-    import numpy as np
-    import transformers
-
-    config = transformers.GPT2Config()
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT))
-    if kind == "gpt2_flax":
-        from gpt2_flax import FlaxGPT2LMHeadModel
-
-        model = FlaxGPT2LMHeadModel(config)
-
-        def run():  # -1: no id ends the text early
-            out = model.generate(ids, max_new_tokens=NEW, eos_token_id=-1, pad_token_id=0)
-            return np.asarray(out.sequences)
-    else:
-        import torch
-
-        config._attn_implementation = kind.split()[1]
-        model = transformers.GPT2LMHeadModel(config).eval()
-        model.generation_config.eos_token_id = None
-        prompt = torch.tensor(ids)
-        mask = torch.ones_like(prompt)
-
-        def run():
-            return model.generate(
-                prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0
-            )
-
-    seconds = []
-    for _ in range(1 + REPEATS):
-        start = time.perf_counter()
-        assert run().shape == (1, PROMPT + NEW)
-        seconds.append(round(time.perf_counter() - start, 3))
-    return {"first": seconds[0], "later": seconds[1:]}
-
-
-def decode(rounds: int) -> None:
-    medians = {kind: [] for kind in KINDS}
-    for _ in range(rounds):
-        for kind in KINDS:
-            command = [sys.executable, "-m", "tests.measure", "decode_once", kind]
-            process = subprocess.run(command, capture_output=True, text=True, check=True)
-            result = json.loads(process.stdout.splitlines()[-1])
-            medians[kind].append(statistics.median(result["later"]))
-            print(f"{kind:12}", result, f"load {os.getloadavg()[0]:.1f}", flush=True)
-    for kind, seconds in medians.items():
-        median = statistics.median(seconds)
-        print(
-            f"{kind:12} median {median:.2f} s, {NEW / median:.1f} tokens/s"
-            f" ({min(seconds):.2f} to {max(seconds):.2f} s, {rounds} processes)"
-        )
 
 
 def memory() -> None:
@@ -176,11 +118,7 @@ def logging(rounds: int) -> None:
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:] or ["help"]
-    if command == "decode":
-        decode(int(arguments[0]) if arguments else 3)
-    elif command == "decode_once":
-        print(json.dumps(decode_once(arguments[0])))
-    elif command == "memory":
+    if command == "memory":
         memory()
     elif command == "logging":
         logging(int(arguments[0]) if arguments else 5)

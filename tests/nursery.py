@@ -28,6 +28,7 @@ class Nursery:
         self.folder, self.n_runs = folder, 0
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
+            "JAX_ENABLE_COMPILATION_CACHE": "1",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

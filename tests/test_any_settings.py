@@ -31,6 +31,7 @@ VALUES = {
     **dict.fromkeys(("beta2", "adam_epsilon", "grad_clip", "dropout", "epochs"), NUMBERS),
     **dict.fromkeys(("n_layers", "n_heads", "n_embd", "grad_accum", "keep"), NUMBERS),
     **dict.fromkeys(("max_bad_steps", "seed", "pad_vocab_to_multiple_of"), NUMBERS),
+    "logits_at_once": ["0", "5", "16", "99", "-1"],
     "batch_size": ["1", "2", "auto", "0", "many"],
     "optimizer": ["adamw", "adafactor", "muon", "lion", "sgd", "adam"],
     "lr_schedule": ["cosine", "linear", "constant", "wsd", "step"],

@@ -2,7 +2,10 @@
 
 import json
 import pathlib
+import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 
@@ -17,8 +20,8 @@ def measure(capsys):
     """Run the script on these words: (exit code, stdout, stderr)."""
     main = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))["main"]
 
-    def run(*argv):
-        code = run_main(main, ["data", *map(str, argv)])
+    def run(*argv, command="data"):
+        code = run_main(main, [command, *map(str, argv)])
         return code, *capsys.readouterr()
 
     return run
@@ -42,6 +45,84 @@ def test_data_is_measured(measure, tmp_path):
     for name, result in results.items():
         assert 0 < result["low"] <= result["median"] <= result["high"]
         assert f"{name} " in out and benchmark.shown(result["median"]) in out
+
+
+TINY = [
+    "--n_layers", "1", "--n_embd", "6", "--n_heads", "3", "--vocab_size", "31",
+    "--batch_size", "8", "--block_size", "5", "--processes", "1",
+]  # fmt: skip
+STEPS = ("--steps", "2", "--warm_up", "1")
+
+
+def test_our_step_is_measured_beside_torchs(measure, tmp_path):
+    figures = tmp_path / "figures.json"
+    code, out, err = measure(
+        *TINY, *STEPS, "--peer", "torch", "--dropout", "0.1", "--json", figures, command="train"
+    )
+    assert code == 0, err
+    results = json.loads(figures.read_text())
+    for cell in ("ours", "torch"):
+        tokens, seconds = (results[f"{cell}: {what}"]["median"] for what in ("tokens/s", "s/step"))
+        assert tokens == pytest.approx(8 * 5 / seconds)
+        assert 0.1 < results[f"{cell}: GB of the host"]["median"] < 10
+        assert results[f"{cell}: s to the first step"]["low"] > 0.5
+    ratio = results["ours: tokens/s"]["median"] / results["torch: tokens/s"]["median"]
+    assert results["ours / torch: tokens/s"]["median"] == pytest.approx(ratio)
+    assert results["ours: MFU"]["median"] is None  # the peak of this CPU isn't known
+    assert re.search("^ours: MFU +unknown$", out, re.MULTILINE)
+    assert results["ours: s to the first step, compiled before"]["low"] > 0.5
+
+
+def test_decoding_is_measured_beside_torchs(measure):
+    code, out, err = measure(*TINY, "--new_tokens", "3", "--repeats", "1", command="decode")
+    assert code == 0, err
+    assert [line.split("  ")[0] for line in out.splitlines()] == [
+        *(f"decode {whose}: {what}" for whose in ("ours", "torch")
+          for what in ("tokens/s", "s/call", "s of the first call")),
+        "ours / torch: tokens/s",
+    ]  # fmt: skip
+
+
+def test_a_save_is_measured(measure, tmp_path):
+    code, out, err = measure(*TINY, *STEPS, "--folder", tmp_path, command="checkpoint")
+    assert code == 0, err
+    assert len(out.splitlines()) == 4 and "save: s until it is on disk" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_our_step_needs_nothing_of_what_reads_data_saves_or_draws():
+    missing = ("datasets", "pyarrow", "xxhash", "matplotlib", "orbax.checkpoint")
+    settings = {
+        "n_layers": 1, "n_embd": 6, "n_heads": 3, "vocab_size": 31, "batch_size": 8,
+        "block_size": 5, "dropout": 0.0, "dtype": "bfloat16", "steps": 1, "warm_up": 0, "seed": 0,
+        "began": 0.0, "compilation_cache": "off",
+    }  # fmt: skip
+    program = (
+        f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
+        f"from gpt2_flax import benchmark_train\nprint(benchmark_train.ours({settings}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'tokens/s': " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        ("train --peer numpy", "argument --peer: invalid choice: 'numpy'"),
+        ("train --n_embd 100", "n_embd 100 is not divisible by n_heads 12"),
+        ("train --dropout 1", "argument --dropout: must be at least 0 and below 1, got 1\n"),
+        ("decode --repeats 0", "argument --repeats: must be a whole number of at least 1, got 0"),
+        ("checkpoint --size 7b", "argument --size: invalid choice: '7b'"),
+    ],
+)
+def test_faults_of_settings_are_found_before_anything_is_measured(measure, argv, match):
+    command, *words = argv.split()
+    code, out, err = measure(*words, command=command)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {match}")
 
 
 @pytest.mark.parametrize(

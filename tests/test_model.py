@@ -16,6 +16,7 @@ from gpt2_flax.model import (
     check_config,
     empty_cache,
     layer_norm,
+    softmax,
 )
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel, param_shapes
 
@@ -211,6 +212,34 @@ def test_layer_norm_and_its_derivatives_are_autodiffs():
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_softmax_and_its_derivatives_are_autodiffs():
+    rng = np.random.default_rng(0)
+    scores, dscores = (jnp.float32(rng.normal(0, 2, (2, 3, 5, 7))) for _ in range(2))
+    scores = scores.at[0, 0, 0, :3].set(jnp.finfo(jnp.float32).min)  # not to be attended to
+    scores = scores.at[1, 1, 1].set(jnp.finfo(jnp.float32).min)  # a row of nothing but padding
+    got, expected = (jax.jvp(f, (scores,), (dscores,)) for f in (softmax, jax.nn.softmax))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+    np.testing.assert_allclose(got[0][1, 1, 1], 1 / 7, rtol=1e-6)
+    got, expected = (
+        jax.grad(lambda scores, f=f: (f(scores) * dscores).sum())(scores)
+        for f in (softmax, jax.nn.softmax)
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_the_derivative_of_gelu_is_that_of_its_formula():
+    """By the formula in float64: float32's tanh is 1 where the slope is not yet."""
+    x = np.linspace(-8.0, 8.0, 1601)
+    tanh = np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))
+    inside = np.sqrt(2.0 / np.pi) * (1.0 + 3 * 0.044715 * x**2)
+    slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh**2) * inside
+    gelu, one = ACTIVATIONS["gelu_new"], jnp.float32(x)
+    np.testing.assert_allclose(jax.jvp(gelu, (one,), (jnp.ones_like(one),))[1], slope, atol=3e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: gelu(x).sum())(one), slope, atol=3e-6)
+    far = jax.vmap(jax.grad(gelu))(jnp.array([-1e4, -30.0, 30.0, 1e4]))
+    np.testing.assert_array_equal(far, [0.0, 0.0, 1.0, 1.0])
+
+
 def test_bfloat16_computes_softmax_norm_and_logits_in_float32(tiny_config):
     config = tiny_config()
     _, params = torch_twin(config)
@@ -376,11 +405,11 @@ def test_checkpointing_changes_memory_only(tiny_config, changes, kind, share, at
         attn_pdrop=attn_pdrop,
         embd_pdrop=0.0,
         n_layer=3,
-        n_positions=64,
+        n_positions=128,
         **changes,
     )
     params = torch_twin(config)[1]
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, 31, (B, 64)))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 31, (B, 128)))
     states = encoder_states(config)[0] if changes else None
 
     def gradient(checkpointing):

@@ -16,7 +16,7 @@ FORBIDDEN_MODULES = {
     *("jsonpickle", "torch"),
 }
 # The one file that trains PyTorch's model beside ours, and imports it when it does.
-MAY_IMPORT_PYTORCH = {"gpt2_flax/parity.py"}
+MAY_IMPORT_PYTORCH = {"gpt2_flax/benchmark_train.py", "gpt2_flax/parity.py"}
 # Needs lm_eval, an optional extra: tests/test_lm_eval_adapter.py imports it where that is there.
 NEEDS_AN_EXTRA = {"gpt2_flax.lm_eval_adapter"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}

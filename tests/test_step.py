@@ -240,6 +240,24 @@ def test_the_compiled_step_reduces_once_donates_and_traces_once(tiny_config):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
 
 
+def test_the_optimizers_state_is_not_copied_to_be_updated(tiny_config, monkeypatch):
+    """On a CPU. The plain update, which is that of other backends, shows what would be counted."""
+    module, optimizer = FlaxGPT2LMHeadModule(tiny_config()), make_optimizer()
+    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
+    state = parallel.replicate(make, jax.random.key(0))
+    batch = parallel.put_batch(next(random_batches(8, 1)), 1)
+
+    def copied_matrices():
+        one = functools.partial(step.train_step, model=module, optimizer=optimizer, seed=0)
+        update = parallel.compile_train_step(one, "pmap")
+        program = update.lower(state, batch).compile()
+        return len(re.findall(r"f32\[36,12\]\S* copy\(", program.as_text()))
+
+    copied = copied_matrices()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert copied == 0 and copied_matrices() == 4  # of two layers, two moments each
+
+
 @pytest.mark.parametrize("engine", ["pmap", "jit"])
 def test_evaluation_sums_over_devices_and_ignores_padding(tiny_config, engine):
     module = FlaxGPT2LMHeadModule(tiny_config(resid_pdrop=0.5))
@@ -352,3 +370,44 @@ def test_the_compiled_steps_have_the_padded_size(tiny_config, engine):
         ):
             shapes = re.findall(r"f32\[([\d,]+)\]", lowered.compile().as_text())
             assert {31, 40} & {int(n) for shape in shapes for n in shape.split(",")} == sizes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rate", [0.0, 0.3], ids=["plain", "dropout"])
+@pytest.mark.parametrize("changes", [{}, {"add_cross_attention": True}], ids=["self", "cross"])
+def test_what_is_computed_again_changes_no_gradient(tiny_config, dtype, rate, changes):
+    """Of the model that keeps little; of ln_1, ln_2 and all kernels as of the others."""
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), rate)
+    config = tiny_config(**rates, **changes)
+    model = FlaxGPT2LMHeadModule(config, jnp.dtype(dtype))
+    params, batch = torch_twin(config)[1], next(random_batches(2, 1))
+    key = jax.random.key(1) if rate else None
+
+    def gradient(model):
+        loss = functools.partial(step.loss_sum, batch=batch, key=key, model=model)
+        return flatten_dict(jax.jit(jax.grad(loss, has_aux=True))(params)[0])
+
+    expected, got = gradient(model), gradient(model.clone(keeps_little=True))
+    tolerance = 1e-5 if dtype == "float32" else 2**-6  # of bfloat16 roundings fall elsewhere
+    for name, leaf in expected.items():
+        if not leaf.any():  # cross-attention has no encoder to attend to
+            assert not got[name].any()
+            continue
+        if name[-2:] == ("c_attn", "bias"):  # that of keys is rounding noise
+            leaf, got[name] = (np.delete(a, np.s_[12:24]) for a in (leaf, got[name]))
+        assert np.linalg.norm(got[name] - leaf) < tolerance * np.linalg.norm(leaf), name
+
+
+def test_a_model_that_keeps_little_takes_less_memory(tiny_config):
+    config = tiny_config(n_layer=3, n_inner=96, n_positions=64)
+    params = torch_twin(config)[1]
+    ids = np.random.default_rng(0).integers(0, 31, (8, 65)).astype(np.int32)
+    batch = make_batch(ids, np.ones(8, bool), slice(None), 8)
+
+    def planned(little):
+        model = FlaxGPT2LMHeadModule(config, keeps_little=little)
+        loss = functools.partial(step.loss_sum, batch=batch, key=None, model=model)
+        program = jax.jit(jax.grad(loss, has_aux=True)).lower(params).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert planned(True) < 0.85 * planned(False)
