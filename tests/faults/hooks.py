@@ -209,4 +209,6 @@ def hang() -> None:
     import ctypes
 
     print("hanging", flush=True)
-    ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64))
+    mutex = ctypes.create_string_buffer(64)  # a signal ends a wait for most things, not for it
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
