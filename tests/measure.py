@@ -6,6 +6,9 @@ python -m tests.measure logging [ROUNDS]  steps with a row of the log each and w
                                           hundred, fresh processes of scripts/train.py in turn;
                                           first, what the host does for a row by itself
                                           (0 rounds: only that)
+python -m tests.measure checks [ROUNDS]   steps with and without the check that a step is
+                                          finite, in turn, in fresh processes; and a comparison
+                                          of two devices' copies of a 124M state
 """
 
 import json
@@ -53,14 +56,16 @@ SMALL = [
 ]  # fmt: skip
 
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
 def time_steps(log_every: int, folder: str) -> float:
     """Milliseconds of a step of a fresh run, after the warm-up, as its log times the device.
 
     (The log's `seconds` are the host's, which is up to a window ahead.)
     """
-    root = pathlib.Path(__file__).resolve().parents[1]
     output_dir = tempfile.mkdtemp(dir=folder)
-    command = [sys.executable, str(root / "scripts" / "train.py"), *SMALL]
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *SMALL]
     command += ["--log_every", str(log_every), "--output_dir", output_dir]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
@@ -116,11 +121,85 @@ def logging(rounds: int) -> None:
     print(f"a row each step costs {medians[1] / medians[100] - 1:+.1%}")
 
 
+def checks(rounds: int) -> None:
+    ratios = []
+    for _ in range(rounds):
+        command = [sys.executable, "-m", "tests.measure", "check"]
+        run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        checked, unchecked = json.loads(run.stdout.splitlines()[-1])
+        ratios.append(checked / unchecked)
+        print(f"checked {checked:.2f} ms a step, unchecked {unchecked:.2f}"
+              f" ({ratios[-1] - 1:+.1%}), load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    print(f"the check costs {statistics.median(ratios) - 1:+.1%}, median of {rounds} processes")
+    compare_copies()
+
+
+def check(n_steps: int = 120) -> None:
+    """Medians of milliseconds a step, with the check and without, 4 layers x 256, 8 x 128."""
+    import functools
+    from unittest import mock
+
+    import jax
+    import transformers
+
+    from gpt2_flax import config, parallel, plan, step
+
+    settings = config.TrainConfig(dropout=0.0, max_steps=1000)
+    sizes = transformers.GPT2Config(
+        n_layer=4, n_head=4, n_embd=256, vocab_size=8192, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    module = plan.make_module(settings, sizes)
+    _, optimizer = plan.make_optimizer(settings, 1000, lambda value: value)
+    batch = parallel.put_batch(plan.blank_batch(8, 128), 1)
+    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
+    fixed = plan.fixed_for_step(settings, module, optimizer)
+    update, runs = step.update, {}
+
+    def always(state, grads, optimizer, is_wanted):
+        """XLA drops the question, and the choice between old and new."""
+        return update(state, grads, optimizer, True)
+
+    for name, used in (("checked", update), ("unchecked", always)):
+        with mock.patch.object(step, "update", used):
+            run = parallel.compile_train_step(functools.partial(step.train_step, **fixed), "pmap")
+            state, _ = run(parallel.replicate(make, jax.random.key(0)), batch)
+        runs[name] = [run, state, []]
+    for _ in range(n_steps):
+        for of_one in runs.values():
+            run, state, taken = of_one
+            began = time.perf_counter()
+            of_one[1], _ = jax.block_until_ready(run(state, batch))
+            taken.append(1000 * (time.perf_counter() - began))
+    print(json.dumps([statistics.median(taken) for *_, taken in runs.values()]))
+
+
+def compare_copies() -> None:
+    """Seconds of a comparison of a 124M state on two devices of a CPU."""
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    import jax
+    import jax.numpy as jnp
+
+    from gpt2_flax import parallel
+
+    state = parallel.replicate(lambda: [jnp.ones(124_439_808) for _ in range(3)])
+    taken = []
+    for _ in range(6):
+        began = time.perf_counter()
+        assert parallel.differing_replicas(state) == []
+        taken.append(time.perf_counter() - began)
+    print(f"{len(jax.devices())} copies of {3 * 0.4978:.2f} GB compared: {taken[0]:.2f} s the"
+          f" first time, then median {statistics.median(taken[1:]):.2f} s")  # fmt: skip
+
+
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:] or ["help"]
     if command == "memory":
         memory()
     elif command == "logging":
         logging(int(arguments[0]) if arguments else 5)
+    elif command == "check":
+        check()
+    elif command == "checks":
+        checks(int(arguments[0]) if arguments else 5)
     else:
         print(__doc__)
