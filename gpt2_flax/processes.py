@@ -266,6 +266,8 @@ class Watch:
         self.thread = None
         if several():
             self.begin()
+        else:  # what several processes left that were killed
+            shutil.rmtree(self.folder, ignore_errors=True)
         if several() or step_timeout:
             self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
             self.thread.start()
