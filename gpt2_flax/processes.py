@@ -69,7 +69,8 @@ def join(config) -> None:
             shutdown_timeout_seconds=60,
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        if not given and isinstance(error, ValueError):  # a TPU machine by itself
+        # A TPU machine by itself, of which JAX knows nothing.
+        if not given and launcher() == "tpu" and isinstance(error, ValueError):
             return
         raise UserError(
             f"the processes of this run did not meet: {str(error).strip().splitlines()[0][:160]}\n"
@@ -96,21 +97,33 @@ def wanted(config) -> dict | None:
             "num_processes": config.num_processes,
             "process_id": config.process_id,
         }
-    environment = os.environ
-    if "SLURM_STEP_NODELIST" in environment and number_in("SLURM_NTASKS") > 1:
-        return {}
-    if number_in("OMPI_COMM_WORLD_SIZE") > 1:
-        if "OMPI_MCA_orte_hnp_uri" in environment:  # not since Open MPI 5
-            return {}
-        return {
-            "coordinator_address": config.coordinator_address or None,
+    address = config.coordinator_address
+    rest = {"coordinator_address": address} if address else {}  # JAX finds what is not there
+    if launcher() == "open mpi 5":
+        return rest | {
             "num_processes": number_in("OMPI_COMM_WORLD_SIZE"),
             "process_id": number_in("OMPI_COMM_WORLD_RANK"),
         }
-    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return {}
-    on_tpu = "cpu" not in environment.get("JAX_PLATFORMS", "").split(",")
-    return {} if on_tpu and importlib.util.find_spec("libtpu") else None
+    if launcher():
+        return rest
+    if address:
+        raise UserError(
+            f"coordinator_address {address} has no effect without num_processes\n"
+            "  say how many processes there are, and which this is: --num_processes, --process_id"
+        )
+    return None
+
+
+def launcher() -> str | None:
+    """Who started this process as one of several, by the environment; None for nobody."""
+    if "SLURM_STEP_NODELIST" in os.environ and number_in("SLURM_NTASKS") > 1:
+        return "slurm"
+    if number_in("OMPI_COMM_WORLD_SIZE") > 1:  # JAX knows those before version 5
+        return "open mpi" if "OMPI_MCA_orte_hnp_uri" in os.environ else "open mpi 5"
+    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
+        return "kubernetes"
+    on_tpu = "cpu" not in os.environ.get("JAX_PLATFORMS", "").split(",")
+    return "tpu" if on_tpu and importlib.util.find_spec("libtpu") else None
 
 
 def number_in(variable: str) -> int:

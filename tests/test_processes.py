@@ -395,6 +395,8 @@ OPEN_MPI_5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
         (SLURM, {}, {}),
         (SLURM | {"SLURM_NTASKS": "1"}, {}, None),
         (SLURM, {"num_processes": 1}, None),
+        (SLURM, {"coordinator_address": "a:1"}, {"coordinator_address": "a:1"}),
+        (OPEN_MPI_5, {}, {"num_processes": 4, "process_id": 3}),
         (OPEN_MPI_5 | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.0.0.1:5"}, {}, {}),
         (
             OPEN_MPI_5,
@@ -418,6 +420,12 @@ def test_who_launched_the_processes_is_told_by_the_environment(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert processes.wanted(TrainConfig(**settings)) == expected
+
+
+def test_a_coordinator_of_nobody_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(errors.UserError, match="a:1 has no effect without num_processes"):
+        processes.wanted(TrainConfig(coordinator_address="a:1"))
 
 
 def test_slurm_s_own_variables_are_enough(nursery, text, tmp_path):
