@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 
@@ -12,7 +13,12 @@ SIZES = {  # layers, width, heads
     "124m": (12, 768, 12), "355m": (24, 1024, 16), "774m": (36, 1280, 20),
     "1558m": (48, 1600, 25),
 }  # fmt: skip
-PEERS = ("torch", "torch_compile", "torch_trainer")
+# What is compared with, and the packages that it needs beside our own.
+PEERS = {
+    "torch": ("torch",),
+    "torch_compile": ("torch",),
+    "torch_trainer": ("torch", "accelerate"),
+}
 
 
 def at_least_1(text: str) -> int:
@@ -84,7 +90,8 @@ def build_parser(prog: str, description: str) -> ArgumentParser:
             )
         if name == "train":
             command.add_argument("--peer", nargs="*", choices=PEERS, default=["torch"],
-                                 help="what to compare with (default: torch)")  # fmt: skip
+                                 help="what to compare with (default: torch); without a name:"
+                                 " nothing")  # fmt: skip
         if name in ("train", "checkpoint"):
             command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                                  help="of activations (default: %(default)s)")  # fmt: skip
@@ -121,6 +128,8 @@ def run(parser: ArgumentParser, argv: list[str]) -> None:
                 f"n_embd {args['n_embd']} is not divisible by n_heads {args['n_heads']}"
             )
 
+    check_packages(["torch"] if args["command"] == "decode" else args.get("peer", []))
+
     from gpt2_flax import benchmark
 
     with open_json(args.pop("json")) as file:
@@ -129,6 +138,18 @@ def run(parser: ArgumentParser, argv: list[str]) -> None:
         if file is not None:
             file.truncate(0)
             json.dump(results, file, indent=1)
+
+
+def check_packages(peers: list[str]) -> None:
+    """Raise UserError where a package of a peer is missing: ours are measured first."""
+    for peer in peers:
+        missing = [name for name in PEERS[peer] if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(
+                f"comparing with {peer} needs packages that are not installed:"
+                f" {', '.join(missing)}\n  pip install {' '.join(missing)}; or, of a training"
+                " step, --peer without a name measures ours alone"
+            )
 
 
 def open_json(path: str | None):

@@ -246,16 +246,13 @@ def torch_trainer(settings: dict) -> dict:
             busy.append(time.process_time())
 
     with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
-        try:
-            arguments = transformers.TrainingArguments(
-                folder, max_steps=n_steps, per_device_train_batch_size=settings["batch_size"],
-                learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, adam_beta2=BETAS[1],
-                max_grad_norm=GRAD_CLIP, lr_scheduler_type="constant", optim="adamw_torch_fused",
-                bf16=settings["dtype"] == "bfloat16", report_to="none", save_strategy="no",
-                logging_strategy="no", disable_tqdm=True, use_cpu=device == "cpu",
-            )  # fmt: skip
-        except ImportError as error:
-            raise UserError("peer torch_trainer needs the package accelerate") from error
+        arguments = transformers.TrainingArguments(
+            folder, max_steps=n_steps, per_device_train_batch_size=settings["batch_size"],
+            learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, adam_beta2=BETAS[1],
+            max_grad_norm=GRAD_CLIP, lr_scheduler_type="constant", optim="adamw_torch_fused",
+            bf16=settings["dtype"] == "bfloat16", report_to="none", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, use_cpu=device == "cpu",
+        )  # fmt: skip
         trainer = transformers.Trainer(
             model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids],
             callbacks=[Clock()],

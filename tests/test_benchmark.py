@@ -1,5 +1,6 @@
 """scripts/benchmark.py measures what it says, and says what it cannot measure."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -123,6 +124,30 @@ def test_faults_of_settings_are_found_before_anything_is_measured(measure, argv,
     code, out, err = measure(*words, command=command)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {match}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "missing"),
+    [
+        ("train", "torch"),
+        ("train --peer torch_compile", "torch"),
+        ("train --peer torch_trainer", "accelerate"),
+        ("decode", "torch"),
+    ],
+)
+def test_a_peer_s_package_that_is_missing_is_named_first(measure, monkeypatch, argv, missing):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == missing else find(name)
+    )
+    command, *words = argv.split()
+    code, out, err = measure(*words, command=command)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(
+        rf"error: comparing with torch\w* needs packages that are not installed: .*{missing}\n"
+        rf"  pip install .*{missing}; or, .*\n",
+        err,
+    )
 
 
 @pytest.mark.parametrize(
