@@ -175,8 +175,10 @@ class TrainConfig:
         " vocabularies and long rows; 0: all",
     )
     seed: int = setting(42, "fixes initialisation, order of rows and dropout")
-    parallel: Literal["pmap", "jit"] = setting(
-        "pmap", "how the step runs on many devices; both replicate the model"
+    parallel: Literal["pmap", "jit", "fsdp"] = setting(
+        "pmap",
+        "how the step runs on many devices: pmap and jit hold all of the model and the optimizer"
+        " on each, fsdp a part on each (with --remat block for models that are large)",
     )
     num_processes: int = setting(
         0,

@@ -6,7 +6,7 @@ Of several processes only the first writes.
 import dataclasses
 import pathlib
 
-from gpt2_flax import curves, metrics, reporters, samples
+from gpt2_flax import curves, metrics, parallel, reporters, samples
 from gpt2_flax.config import TrainConfig
 
 
@@ -19,6 +19,7 @@ class Logs:
         sampler: None for no samples. writes: False for a process that keeps silent.
         """
         self.writes, self.sampler = writes, sampler
+        self.sampled = -1  # the step of the last sample
         if not writes:
             return
         self.plot = pathlib.Path(output_dir) / curves.PLOT_FILE
@@ -47,8 +48,14 @@ class Logs:
             self.ledger.write({"step": step, "rows": rows.tolist()})
 
     def sample(self, step: int, params) -> None:
-        """Let the model go on with the prompt, unless it did at this step."""
-        if self.writes and self.sampler is not None and self.sampler.newest != step:
+        """Let the model go on with the prompt, unless it did at this step.
+
+        All processes must ask, and the first samples.
+        """
+        if self.sampler is None or self.sampled == step:
+            return
+        self.sampled, params = step, parallel.whole(params)
+        if self.writes:
             text = self.sampler.sample(params, step)
             self.samples.put(step, text)
             self.reporter.text(step, "sample", text)

@@ -13,6 +13,7 @@ scale_attn_by_inverse_layer_idx are ignored, and softmax and logits are of the t
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -493,6 +494,8 @@ class FlaxGPT2BlockCollection(nn.Module):
     with attention_checkpointing the probabilities of its attention to itself alone;
     forward-mode derivatives are then not to be had. Nor are they with keeps_little, which
     computes again what costs next to nothing: LayerNorm and the activation.
+
+    gather: FlaxGPT2LMHeadModule's; a layer's parameters are whole only while it is computed.
     """
 
     config: Any
@@ -501,6 +504,7 @@ class FlaxGPT2BlockCollection(nn.Module):
     gradient_checkpointing: bool = False
     attention_checkpointing: bool = False
     keeps_little: bool = False
+    gather: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BxTxD, *args):
@@ -512,8 +516,12 @@ class FlaxGPT2BlockCollection(nn.Module):
             fields = (*fields, self.attention_checkpointing and not keeps)
             fields = (*fields, self.keeps_little and not keeps)
             inputs.append(x_BxTxD)
-            if self.gradient_checkpointing and not keeps:
-                run = recomputed(functools.partial(self._apply, fields, deterministic))
+            if (self.gradient_checkpointing or self.gather) and not keeps:
+                run = functools.partial(self._apply, fields, self.gather, deterministic)
+                if self.gradient_checkpointing:
+                    run = recomputed(run)
+                elif self.gather:
+                    run = jax.checkpoint(run, policy=all_but_gathered)
                 params, key = self._variables_of(layer, deterministic)
                 x_BxTxD, probs = run((params, key, x_BxTxD, *args[:-2]))
             else:
@@ -529,11 +537,19 @@ class FlaxGPT2BlockCollection(nn.Module):
         return params, LazyRng.create(self.scope.rngs["dropout"], str(layer))
 
     @staticmethod
-    def _apply(fields, deterministic, inputs):
+    def _apply(fields, gather, deterministic, inputs):
         params, key, *args = inputs
+        if gather is not None:
+            layer, dtype = fields[1:3]
+            params = gather(params, ("transformer", "h", str(layer)), dtype)
         block = FlaxGPT2Block(*fields, parent=None)
         rngs = None if key is None else {"dropout": key}
         return block.apply({"params": params}, *args, deterministic, False, rngs=rngs)
+
+
+def all_but_gathered(primitive, *_, **unused) -> bool:
+    """What jax.checkpoint may keep: parameters are gathered again in the backward pass."""
+    return primitive is not jax.lax.all_gather_p
 
 
 def recomputed(function):
@@ -574,6 +590,7 @@ class FlaxGPT2Module(nn.Module):
     gradient_checkpointing: bool = False
     attention_checkpointing: bool = False
     keeps_little: bool = False
+    gather: Callable | None = None
 
     def setup(self):
         config, compat = self.config, self.hf_flax_compat
@@ -583,7 +600,7 @@ class FlaxGPT2Module(nn.Module):
         self.dropout = Dropout(config.embd_pdrop, compat)
         self.h = FlaxGPT2BlockCollection(
             config, self.dtype, compat, self.gradient_checkpointing, self.attention_checkpointing,
-            self.keeps_little,
+            self.keeps_little, self.gather,
         )  # fmt: skip
         self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype)
 
@@ -653,12 +670,15 @@ class FlaxGPT2LMHeadModule(nn.Module):
     attention_checkpointing: bool = False
     pad_vocab_to_multiple_of: int = 1  # width of the logits; ids from V on have logit -inf
     keeps_little: bool = False  # LayerNorm and activation are computed again for the gradient
+    # Where parameters are shards of one device among many: (part of them, its path, dtype) -> the
+    # same, whole. `apply` then takes a layer in shards, and the rest as `outside_blocks` has it.
+    gather: Callable | None = None
 
     def setup(self):
         config = self.config
         self.transformer = FlaxGPT2Module(
             config, self.dtype, self.hf_flax_compat, self.gradient_checkpointing,
-            self.attention_checkpointing, self.keeps_little,
+            self.attention_checkpointing, self.keeps_little, self.gather,
         )  # fmt: skip
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(
@@ -707,6 +727,15 @@ class FlaxGPT2LMHeadModule(nn.Module):
         """The last layer's states after LayerNorm (B, T, D), without logits."""
         output = self.transformer(input_ids, deterministic=deterministic, row_ids=row_ids)
         return output.last_hidden_state
+
+    def outside_blocks(self, params):
+        """The parameters, gathered but for those of the layers. Unchanged without `gather`."""
+        if self.gather is None:
+            return params
+        transformer = params["transformer"]
+        others = {name: part for name, part in transformer.items() if name != "h"}
+        whole = self.gather(params | {"transformer": others}, (), self.dtype)
+        return whole | {"transformer": whole["transformer"] | {"h": transformer["h"]}}
 
     def head(self, params):
         """The head's matrix of type `dtype`: a row for each id, and the rows of the padding."""

@@ -1,8 +1,8 @@
 """Devices: how a step runs on many of them, and how arrays get there.
 
-The state is replicated and has no device axis: the same arrays go into pmap, into jit, into
-Orbax and into the exported file. With several processes pmap hands back arrays that know of
-their own process's devices alone; `of_all_processes` puts them together.
+The state has no device axis and is replicated, or sharded under the engine fsdp: the same arrays
+go into pmap or jit, into Orbax and into the exported file. With several processes pmap hands
+back arrays that know of their own process's devices alone; `of_all_processes` puts them together.
 """
 
 import functools
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gpt2_flax import fsdp
 
 AXIS = "batch"
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes
@@ -41,6 +43,31 @@ def replicate(make: Callable, *args):
     return jax.jit(make, out_shardings=replicated())(*args)
 
 
+def make_state(make: Callable, argument, engine: str):
+    """The arrays that `make` returns, where an engine wants them; none is whole under fsdp.
+
+    argument: a key, or parameters on the host.
+    """
+    if engine != "fsdp":
+        return replicate(make, argument)
+    out = shardings(jax.eval_shape(make, argument), engine)
+    if not isinstance(argument, jax.Array):
+        argument = jax.tree.map(put_shards, argument, shardings(argument, engine))
+    return jax.jit(make, out_shardings=out)(argument)
+
+
+def put_shards(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array of the host, of which each device takes its shard."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def shardings(tree, engine: str):
+    """Where the arrays of a state, or of shapes, are to be."""
+    if engine == "fsdp":
+        return fsdp.shardings_of(tree, mesh())
+    return jax.tree.map(lambda x: replicated(), tree)
+
+
 def over_devices(engine: str) -> NamedSharding:
     """A batch's leading axis, a device each: pmap takes those of a process alone."""
     devices = local_mesh() if engine == "pmap" else mesh()
@@ -48,10 +75,25 @@ def over_devices(engine: str) -> NamedSharding:
 
 
 def of_all_processes(tree):
-    """A replicated tree as arrays that all processes share, as Orbax takes them. No copy."""
+    """A state as arrays that all processes share, as Orbax takes them. No copy."""
     if jax.process_count() == 1:
         return tree
-    return copies_as(tree, replicated())
+    return jax.tree.map(lambda x: copies_as(x, replicated()) if x.is_fully_replicated else x, tree)
+
+
+def whole(tree):
+    """A state's arrays in this process: one copy of what is replicated, the rest on the host.
+
+    All processes must ask.
+    """
+
+    def of_one(x):
+        if x.is_fully_replicated:
+            return x.addressable_data(0)
+        # Leaf by leaf, so that no device holds more than one of them whole.
+        return np.asarray(jax.jit(lambda x: x, out_shardings=replicated())(x).addressable_data(0))
+
+    return jax.tree.map(of_one, tree)
 
 
 def copies_as(tree, sharding: NamedSharding):
@@ -64,10 +106,13 @@ def copies_as(tree, sharding: NamedSharding):
     )
 
 
-def shapes_on_devices(tree):
-    """The shapes of a replicated tree, as Orbax and the compiler take them."""
-    sharding = replicated()
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def shapes_on_devices(tree, engine: str = "pmap"):
+    """The shapes of a state, as Orbax and the compiler take them."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings(tree, engine),
+    )
 
 
 def compile_train_step(step: Callable, engine: str) -> Callable:
@@ -75,7 +120,8 @@ def compile_train_step(step: Callable, engine: str) -> Callable:
 
     `step` takes `axis_name`. engine "pmap": one program a device and a psum in it. With
     out_axes=None a result that was not reduced would silently be the first device's.
-    engine "jit": one program for all; XLA puts the reductions in.
+    engine "jit": one program for all; XLA puts the reductions in. engine "fsdp": the same,
+    with the state in shards.
     """
     if engine == "pmap":
         # XLA would copy the gradients to reduce them over one device.
@@ -87,6 +133,15 @@ def compile_train_step(step: Callable, engine: str) -> Callable:
             out_axes=(None, None),
             donate_argnums=(0,),
         )
+
+    if engine == "fsdp":
+        over_shards = functools.partial(fsdp.over_shards, mesh=mesh(), has_gradient=True)
+
+        def step_on_shards(state, batch):
+            state, metrics = step(state, batch, over_shards=over_shards)
+            return jax.lax.with_sharding_constraint(state, shardings(state, engine)), metrics
+
+        return jax.jit(step_on_shards, donate_argnums=(0,))
 
     def step_on_whole_batch(state, batch):
         # (devices, A, B, ...) -> (A, devices * B, ...): micro-batches stay one after another
@@ -101,6 +156,12 @@ def compile_eval_step(step: Callable, engine: str) -> Callable:
     if engine == "pmap":
         mapped = functools.partial(step, axis_name=AXIS)
         return jax.pmap(mapped, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    if engine == "fsdp":
+        over_shards = functools.partial(fsdp.over_shards, mesh=mesh(), has_gradient=False)
+        return jax.jit(
+            lambda params, batch: step(params, batch, over_shards=over_shards),
+            out_shardings=replicated(),
+        )
 
     def step_on_whole_batch(params, batch):
         return step(params, jax.tree.map(lambda x: merge_devices(x, 0), batch), axis_name=None)
@@ -118,11 +179,15 @@ def checksums(tree) -> jax.Array:
 
 
 def differing_replicas(tree) -> list[jax.Device]:
-    """The devices whose copy of a replicated tree is not that of most; all where none is.
+    """The devices whose copy of a state is not that of most; all where none is.
+
+    Of a sharded array there is one copy, and nothing to compare it with.
 
     All processes get the same answer, and must ask.
     """
-    sums = np.asarray(checksums(tree))
+    sums = np.asarray(
+        checksums([leaf for leaf in jax.tree.leaves(tree) if leaf.is_fully_replicated])
+    )
     devices = jax.local_devices()
     if jax.process_count() > 1:
         sums = multihost_utils.process_allgather(sums).ravel()
@@ -179,7 +244,7 @@ def batch_shapes(batch, micro_batches: int | None, engine: str = "pmap"):
     """What `put_batch` would return, as shapes for the compiler."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
-            (jax.device_count() if engine == "jit" else len(x), *x.shape[1:]),
+            (len(x) if engine == "pmap" else jax.device_count(), *x.shape[1:]),
             x.dtype,
             sharding=over_devices(engine),
         ),

@@ -28,7 +28,7 @@ class Run:
     module: FlaxGPT2LMHeadModule
     optimizer: object
     schedule: object
-    engine: str  # "pmap" or "jit"
+    engine: str  # "pmap", "jit" or "fsdp"
     train_step: object
     eval_step: object
     global_batch: int
@@ -211,7 +211,7 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
         if not allowed:
             return 1  # these devices cannot make up the run's steps: that is said elsewhere
     make, update = trial(config, module)
-    state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)))
+    state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)), config.parallel)
     planned = {}
 
     def bytes_of(n):
@@ -239,7 +239,7 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
 def measure_step(config, module, global_batch: int) -> float:
     """Seconds a step: the median of five on blank rows, after one in which it is compiled."""
     make, update = trial(config, module)
-    state = parallel.replicate(make, jax.random.key(config.seed))
+    state = parallel.make_state(make, jax.random.key(config.seed), config.parallel)
     batch = blank_batch(global_batch // jax.process_count(), config.block_size)
     micro_batches = global_batch // (jax.device_count() * config.batch_size)
     ready = parallel.put_batch(batch, micro_batches, config.parallel)

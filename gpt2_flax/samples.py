@@ -4,8 +4,6 @@ import pathlib
 import re
 import unicodedata
 
-import jax
-
 from gpt2_flax import generation
 from gpt2_flax.errors import UserError
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
@@ -39,16 +37,13 @@ class Sampler:
                 "  shorten --sample_prompt"
             )
         self.n_tokens = min(n_tokens, room)
-        self.newest = -1  # the step of the last sample
 
     def sample(self, params, step: int) -> str:
-        """The prompt and what follows it. params: on any number of devices; one is used."""
-        on_one_device = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+        """The prompt and what follows it. params: on one device, or on the host."""
         text = generation.continue_text(
             self.model, self.tokenizer, self.prompt, self.n_tokens, TEMPERATURE, TOP_K, 1.0,
-            self.seed, params=on_one_device, step=step,
+            self.seed, params=params, step=step,
         )  # fmt: skip
-        self.newest = step
         return printable(text)
 
 

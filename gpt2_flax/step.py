@@ -35,12 +35,15 @@ def state_from_params(params, optimizer) -> TrainState:
 def loss_sum(params, batch, key, model, logits_at_once: int | None = None):
     """(summed cross-entropy in nats, number of targets) of a micro-batch, both float32.
 
+    params: whole, or one device's shards of them with a model that gathers.
+
     key: of the step, for dropout; None for none. logits_at_once: positions of every row whose
     logits are held at a time, None for all.
     """
     inputs_BxT, targets_BxT = batch.ids_BxS[:, :-1], batch.ids_BxS[:, 1:]
     T = inputs_BxT.shape[1]
     counts_BxT = jnp.arange(T)[None, :] < batch.length_B[:, None]
+    params = model.outside_blocks(params)
     x_BxTxD = model.apply(
         {"params": params},
         inputs_BxT,
@@ -56,6 +59,23 @@ def loss_sum(params, batch, key, model, logits_at_once: int | None = None):
     return loss, counts_BxT.sum(dtype=jnp.float32)
 
 
+def gradient_sums(params, batch, key, model, logits_at_once: int | None = None):
+    """(loss, targets, gradient) of a batch of shape (A, B, ...), each summed over all of it."""
+    loss_of = functools.partial(loss_sum, logits_at_once=logits_at_once)
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+
+    def add_micro_batch(sums, micro_batch):
+        (loss, tokens), grads = value_and_grad(params, micro_batch, key, model)
+        return jax.tree.map(jnp.add, sums, (loss, tokens, grads)), None
+
+    if batch.ids_BxS.shape[0] == 1:
+        first = jax.tree.map(lambda leaf: leaf[0], batch)
+        (loss, tokens), grads = value_and_grad(params, first, key, model)
+        return loss, tokens, grads
+    zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add_micro_batch, zeros, batch)[0]
+
+
 def train_step(
     state: TrainState,
     batch,
@@ -65,6 +85,7 @@ def train_step(
     seed: int,
     logits_at_once: int | None = None,
     axis_name=None,
+    over_shards=None,
 ):
     """One optimizer update from a batch of shape (A, B, ...). Returns (state, metrics).
 
@@ -74,46 +95,40 @@ def train_step(
 
     Where the loss or the gradient's norm is not finite, parameters and optimizer stay as they
     are; the step, its rows, its dropout and its learning rate are used up all the same.
+
+    over_shards: `fsdp.over_shards` where the state is sharded; the batch is then
+    (devices, A, B, ...).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    loss_of = functools.partial(loss_sum, logits_at_once=logits_at_once)
-    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-
-    def add_micro_batch(sums, micro_batch):
-        (loss, tokens), grads = value_and_grad(state.params, micro_batch, key, model)
-        return jax.tree.map(jnp.add, sums, (loss, tokens, grads)), None
-
-    if batch.ids_BxS.shape[0] == 1:
-        first = jax.tree.map(lambda leaf: leaf[0], batch)
-        (loss, tokens), grads = value_and_grad(state.params, first, key, model)
-        sums = loss, tokens, grads
+    arguments = state.params, batch, key
+    if over_shards is not None:
+        loss, tokens, grads = over_shards(gradient_sums, *arguments, model, logits_at_once)
     else:
-        zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-        sums, _ = jax.lax.scan(add_micro_batch, zeros, batch)
-    if axis_name is not None:
-        sums = jax.lax.psum(sums, axis_name)
-    loss, tokens, grads = sums
+        sums = gradient_sums(*arguments, model, logits_at_once)
+        loss, tokens, grads = sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
     share = 1.0 / tokens
     grads = jax.tree.map(lambda grad: grad * share, grads)
     norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    params, opt_state = update(state, grads, optimizer, is_finite)
+    in_place = jax.default_backend() == "cpu" and over_shards is None
+    params, opt_state = update(state, grads, optimizer, is_finite, in_place)
     metrics = {"loss_sum": loss, "tokens": tokens, "grad_norm": norm}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def update(state: TrainState, grads, optimizer, is_wanted):
+def update(state: TrainState, grads, optimizer, is_wanted, in_place: bool):
     """(parameters, optimizer's state) after an update, or as they were if it is not wanted.
 
-    On a CPU each half is an update of its own, the second of an old state that is there only
-    after the new parameters: they are computed from it, and XLA would copy all of it to write
-    the new one over the old. (Of either update it drops what is not used.)
+    in_place: on a CPU, of a state that is not sharded. Each half is then an update of its own,
+    the second of an old state that is there only after the new parameters: they are computed from
+    it, and XLA would copy all of it to write the new one over the old. (Of either update it drops
+    what is not used.)
     """
     old = state.opt_state
     updates, new = optimizer.update(grads, old, state.params, step=state.step)
     params = select(is_wanted, optax.apply_updates(state.params, updates), state.params)
-    if jax.default_backend() == "cpu":
+    if in_place:
         old = select(are_there(params), old, jax.tree.map(jnp.zeros_like, old))
         _, new = optimizer.update(grads, old, state.params, step=state.step)
     return params, select(is_wanted, new, old)
@@ -135,7 +150,11 @@ def all_finite(tree) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def eval_step(params, batch, *, model, logits_at_once: int | None = None, axis_name=None):
+def eval_step(
+    params, batch, *, model, logits_at_once: int | None = None, axis_name=None, over_shards=None
+):
     """(summed loss, number of targets) of a batch of shape (B, ...), without dropout."""
+    if over_shards is not None:
+        return over_shards(loss_sum, params, batch, None, model, logits_at_once)
     sums = loss_sum(params, batch, None, model, logits_at_once)
     return jax.lax.psum(sums, axis_name) if axis_name is not None else sums

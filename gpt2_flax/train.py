@@ -149,9 +149,10 @@ def train(config: TrainConfig) -> int:
         # -------------------------------------------------------- finish
         stop.phase = stopping.FINISHING
         with processes.together():
+            logs.sample(int(state.step), state.params)
+            params = parallel.whole(state.params)
             if processes.is_first():
-                logs.sample(int(state.step), state.params)
-                finish(run, state, tokenizer, output_dir, logs)
+                finish(run, params, tokenizer, output_dir, logs)
                 logs.close()  # before the summary, since Weights & Biases prints one of its own
                 look_back(run, config, state, about_text, logs, checkpoints)
     return 0
@@ -416,7 +417,8 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         make = functools.partial(step.state_from_params, optimizer=run.optimizer)
         argument = given_params
     shapes = jax.eval_shape(make, argument)
-    restored = checkpoints.restore_latest(parallel.shapes_on_devices(shapes)._asdict())
+    like = parallel.shapes_on_devices(shapes, run.engine)
+    restored = checkpoints.restore_latest(like._asdict())
     data = {"text": rows.fingerprint, "tokenizer": tokenizer.fingerprint}
     if restored is not None:
         state, meta = restored
@@ -447,7 +449,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         **metrics.NOTHING_BEFORE,
         "seconds_a_step": run.seconds_a_step,
     }
-    return parallel.replicate(make, argument), meta
+    return parallel.make_state(make, argument, run.engine), meta
 
 
 # ---------------------------------------------------------------- loop
@@ -635,14 +637,11 @@ def held_out_loss(run, config, params, held_out, n_rows, stop, watch) -> tuple[f
 # ---------------------------------------------------------------- finish
 
 
-def finish(run, state, tokenizer, output_dir, logs) -> None:
+def finish(run, params, tokenizer, output_dir, logs) -> None:
     """Export the model and draw the curves."""
-    model = FlaxGPT2LMHeadModel(
-        run.model_config, dtype=run.module.dtype, params=jax.device_get(state.params)
-    )
-    with run_files.storage_errors(
-        f"{output_dir}/model.safetensors", checkpoint.bytes_of(state.params)
-    ):
+    params = jax.device_get(params)
+    model = FlaxGPT2LMHeadModel(run.model_config, dtype=run.module.dtype, params=params)
+    with run_files.storage_errors(f"{output_dir}/model.safetensors", checkpoint.bytes_of(params)):
         model.save_pretrained(output_dir)
         tokenizer.save(output_dir)
     logs.draw()

@@ -1,0 +1,225 @@
+"""Sharded state: less of it on each device, and the same numbers."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from gpt2_flax import fsdp, optim, parallel, step
+from gpt2_flax.model import FlaxGPT2LMHeadModule
+from tests.test_step import random_batches
+
+
+def some_devices(n: int) -> Mesh:
+    return Mesh(jax.devices()[:n], (parallel.AXIS,))
+
+
+@pytest.fixture(autouse=True)
+def shard_small_ones_too(monkeypatch):
+    monkeypatch.setattr(fsdp, "LEAST", 64)
+
+
+def make_optimizer(name="adamw"):
+    return optim.make_optimizer(name, optax.constant_schedule(3e-3), 0.1, 0.9, 0.95, 1e-8, 1.0)
+
+
+def make_run(config, engine, optimizer="adamw", dtype=jnp.float32, **fields):
+    """(what makes a state, a compiled update, its module)."""
+    optimizer, module = make_optimizer(optimizer), FlaxGPT2LMHeadModule(config, dtype, **fields)
+    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
+    one = functools.partial(step.train_step, model=module, optimizer=optimizer, seed=3)
+    return make, parallel.compile_train_step(one, engine), module
+
+
+def train(config, batches, engine, micro_batches=1, **settings):
+    make, update, _ = make_run(config, engine, **settings)
+    state, losses = parallel.make_state(make, jax.random.key(0), engine), []
+    for batch in batches:
+        state, metrics = update(state, parallel.put_batch(batch, micro_batches, engine))
+        losses.append(float(metrics["loss_sum"] / metrics["tokens"]))
+    return np.array(losses), state
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((768, 2304), (None, "batch")),
+        ((50257, 768), (None, "batch")),  # no device gets half an id
+        ((50304, 768), ("batch",)),
+        ((768, 768), ("batch",)),
+        ((8, 1), ()),  # small
+        ((3072,), ()),
+        ((), ()),
+        ((1001, 1001), ()),
+    ],
+)
+def test_the_largest_axis_that_devices_divide_is_sharded(shape, expected):
+    assert fsdp.spec_of(shape, some_devices(8)) == PartitionSpec(*expected)
+    assert fsdp.spec_of(shape, some_devices(1)) == PartitionSpec()
+
+
+def test_a_state_is_made_in_shards_and_is_that_of_one_device(tiny_config):
+    config = tiny_config(n_embd=64, n_head=4, n_positions=64, vocab_size=500)
+    make, *_ = make_run(config, "fsdp")
+    state = parallel.make_state(make, jax.random.key(0), "fsdp")
+    expected = jax.jit(make)(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    sharded = [leaf for leaf in jax.tree.leaves(state) if not leaf.is_fully_replicated]
+    assert len(sharded) == 3 * sum(leaf.ndim == 2 for leaf in jax.tree.leaves(expected.params))
+    for leaf in sharded:
+        assert leaf.addressable_data(0).size == leaf.size // 8
+    # Nor does a device hold more of it while it is made.
+    out = parallel.shardings(jax.eval_shape(make, jax.random.key(0)), "fsdp")
+    plan = jax.jit(make, out_shardings=out).lower(jax.random.key(0)).compile().memory_analysis()
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(expected))
+    assert plan.temp_size_in_bytes + plan.output_size_in_bytes < whole / 4
+
+
+def test_parameters_of_the_host_go_into_shards(tiny_config):
+    config = tiny_config(n_embd=64, n_head=4)
+    module, optimizer = FlaxGPT2LMHeadModule(config), make_optimizer()
+    given = jax.device_get(module.init(jax.random.key(5), jnp.zeros((1, 1), jnp.int32))["params"])
+    make = functools.partial(step.state_from_params, optimizer=optimizer)
+    state = parallel.make_state(make, given, "fsdp")
+    jax.tree.map(np.testing.assert_array_equal, state.params, given)
+    assert parallel.shardings(state, "fsdp") == jax.tree.map(lambda x: x.sharding, state)
+    whole = parallel.whole(state.params)
+    jax.tree.map(np.testing.assert_array_equal, whole, given)
+    assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(whole) if x.ndim == 1)
+
+
+def test_bytes_of_a_device_fall_with_their_number(tiny_config, monkeypatch):
+    config = tiny_config(n_embd=64, n_head=4, n_positions=64, vocab_size=512)
+    held = {}
+    for n in (1, 2, 4, 8):
+        monkeypatch.setattr(parallel, "mesh", lambda n=n: some_devices(n))
+        make, *_ = make_run(config, "fsdp")
+        state = parallel.make_state(make, jax.random.key(0), "fsdp")
+        held[n] = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state))
+    for n in (2, 4, 8):
+        assert held[n] < 1.2 * held[1] / n, held
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("rate", [0.0, 0.2], ids=["plain", "dropout"])
+def test_losses_are_those_of_pmap(tiny_config, rate, micro_batches):
+    config = tiny_config(
+        n_embd=24, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), rate)
+    )
+    batches = 5 * list(random_batches(16, 4))
+    expected, _ = train(config, batches, "pmap")
+    got, state = train(config, batches, "fsdp", micro_batches)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert expected[0] - expected[-1] > 0.1
+    assert parallel.shardings(state, "fsdp") == jax.tree.map(lambda x: x.sharding, state)
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
+    for leaf in jax.tree.leaves(state):
+        if leaf.is_fully_replicated:
+            copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+            assert all(np.array_equal(copy, copies[0]) for copy in copies)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon", "lion", "sgd"])
+def test_every_optimizer_sees_whole_arrays(tiny_config, optimizer):
+    config, batches = tiny_config(n_embd=24), list(random_batches(16, 4))
+    expected, _ = train(config, batches, "pmap", optimizer=optimizer)
+    got, _ = train(config, batches, "fsdp", optimizer=optimizer)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gradient_checkpointing": True},
+        {"attention_checkpointing": True},
+        {"keeps_little": True},
+        {"pad_vocab_to_multiple_of": 16},
+        {"gradient_checkpointing": True, "keeps_little": True},
+    ],
+    ids=str,
+)
+def test_with_each_way_to_save_memory(tiny_config, fields):
+    config = tiny_config(n_embd=24, resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.0)
+    batches = list(random_batches(16, 4))
+    expected, _ = train(config, batches, "pmap")
+    got, _ = train(config, batches, "fsdp", **fields)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_untied_heads_and_bfloat16(tiny_config):
+    config, batches = (
+        tiny_config(n_embd=24, tie_word_embeddings=False),
+        list(random_batches(16, 6)),
+    )
+    expected, _ = train(config, batches, "pmap")
+    got, state = train(config, batches, "fsdp")
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert not state.params["lm_head"]["kernel"].is_fully_replicated
+    expected, _ = train(config, batches, "pmap", dtype=jnp.bfloat16)
+    got, _ = train(config, batches, "fsdp", dtype=jnp.bfloat16)
+    np.testing.assert_allclose(got, expected, rtol=5e-3)
+
+
+def test_evaluation_is_that_of_one_device(tiny_config):
+    config = tiny_config(n_embd=24)
+    make, _, module = make_run(config, "fsdp")
+    params = parallel.make_state(make, jax.random.key(0), "fsdp").params
+    batch = next(random_batches(16, 1))
+    evaluate = functools.partial(step.eval_step, model=module)
+    got = parallel.compile_eval_step(evaluate, "fsdp")(
+        params, parallel.put_batch(batch, None, "fsdp")
+    )
+    expected = evaluate(jax.device_get(params), batch)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_no_whole_matrix_is_kept_for_the_gradient(tiny_config):
+    """Without recomputation of blocks, too: between the two passes there are shards."""
+    config = tiny_config(n_embd=64, n_head=4)
+    make, _, module = make_run(config, "fsdp")
+    params = parallel.make_state(make, jax.random.key(0), "fsdp").params
+    batch = parallel.put_batch(next(random_batches(16, 1)), None, "fsdp")
+    kept = []
+
+    def residuals(params, rows, key, model, logits_at_once):
+        _, pull_back, _ = jax.vjp(
+            lambda params: step.loss_sum(params, rows, key, model), params, has_aux=True
+        )
+        kept.extend(x.shape for x in jax.tree.leaves(pull_back))
+        return jnp.zeros(()), jnp.zeros(())
+
+    fsdp.over_shards(residuals, params, batch, None, module, None, mesh=parallel.mesh(),
+                     has_gradient=False)  # fmt: skip
+    block = params["transformer"]["h"]["0"]
+    matrices = {leaf.shape for leaf in jax.tree.leaves(block) if leaf.ndim == 2}
+    assert kept
+    assert not matrices & set(kept)
+
+
+def test_the_program_gathers_and_scatters(tiny_config):
+    """Each sharded array is gathered, and its gradient summed into shards: none whole."""
+    config = tiny_config(n_embd=64, n_head=4)
+    make, update, _ = make_run(config, "fsdp")
+    state = parallel.make_state(make, jax.random.key(0), "fsdp")
+    lowered = update.lower(state, parallel.put_batch(next(random_batches(16, 1)), 1, "fsdp"))
+    program = lowered.compile().as_text()
+    whole = {leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2}
+    summed = re.findall(r"= \(?([^=]*?)\)? all-reduce\(", program)
+    shapes = {
+        tuple(map(int, dims.split(",")))
+        for one in summed
+        for dims in re.findall(r"f32\[([0-9,]+)\]", one)
+    }
+    assert not whole & shapes
+    assert "all-gather(" in program
+    assert "reduce-scatter(" in program
+    assert update.lower(
+        state, parallel.put_batch(next(random_batches(16, 1)), 1, "fsdp")
+    ).compile().memory_analysis().alias_size_in_bytes >= sum(
+        leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state)
+    )
