@@ -37,7 +37,7 @@ VALUES = {
     "lr_schedule": ["cosine", "linear", "constant", "wsd", "step"],
     "dtype": ["float32", "bfloat16", "float16"],
     "remat": ["none", "block", "attention", "all"],
-    "parallel": ["pmap", "jit", "none"],
+    "parallel": ["pmap", "jit", "fsdp", "none"],
     "shuffle": ["true", "false", "2"],
     "validation_share": ["0", "0.1", "1"],
     "block_size": ["1", "16", "24", "25"],

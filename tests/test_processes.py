@@ -103,8 +103,10 @@ def alone(nursery, text, tmp_path_factory):
         (4, 2, {}),
         (2, 1, {"grad_accum": 4, "parallel": "jit"}),
         (2, 4, {"parallel": "jit"}),
+        (2, 2, {"grad_accum": 2, "parallel": "fsdp"}),
+        (4, 2, {"parallel": "fsdp"}),
     ],
-    ids=["1 x 1", "2 x 4", "4 x 2", "2 x 1, jit", "2 x 4, jit"],
+    ids=["1 x 1", "2 x 4", "4 x 2", "2 x 1, jit", "2 x 4, jit", "2 x 2, fsdp", "4 x 2, fsdp"],
 )
 def test_processes_and_devices_change_nothing_but_rounding(
     start, alone, tmp_path, count, devices, settings, full
@@ -122,10 +124,10 @@ def test_processes_and_devices_change_nothing_but_rounding(
         assert words(run) == ""
 
 
-def test_a_run_goes_on_in_other_processes_and_by_the_other_engine(start, alone, tmp_path, full):
-    stages = [(1, 8, 5, "pmap"), (2, 1, 15, "jit"), (1, 2, 20, "pmap")]
+def test_a_run_goes_on_in_other_processes_and_by_other_engines(start, alone, tmp_path, full):
+    stages = [(1, 8, 5, "pmap"), (2, 2, 12, "fsdp"), (2, 1, 15, "jit"), (1, 2, 20, "pmap")]
     if full:
-        stages[1:1] = [(4, 1, 8, "jit"), (4, 2, 10, "pmap"), (1, 1, 12, "jit")]
+        stages[1:1] = [(4, 1, 6, "jit"), (1, 4, 7, "fsdp"), (4, 2, 9, "pmap"), (1, 1, 10, "jit")]
     for count, devices, step, engine in stages:
         if count == 1 and step == 20:  # as a kill leaves it
             (tmp_path / "run" / processes.FOLDER).mkdir()
