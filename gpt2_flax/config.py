@@ -245,6 +245,14 @@ class TrainConfig:
         f"trace these steps, first:last such as 10:15, into output_dir/profile; at most"
         f" {MAX_PROFILED} steps",
     )
+    dry_run: bool = setting(
+        False,
+        "compile the step and print its memory, FLOPs and time, and the steps of the run; read no"
+        " text and train nothing",
+    )
+    show_sharding: bool = setting(
+        False, "print how the parameters lie on the devices, and train nothing"
+    )
     print_config: bool = setting(
         False, "print the resolved settings as YAML, which --config reads, and train nothing"
     )
@@ -259,7 +267,7 @@ GROUPS = {
 }
 FIELDS = fields_of(TrainConfig)
 TYPES = typing.get_type_hints(TrainConfig)
-FLAGS_ONLY = ("config", "debug", "show_data", "print_config")
+FLAGS_ONLY = ("config", "debug", "show_data", "dry_run", "show_sharding", "print_config")
 # Never written to config.yaml: they say how the command is run, not what the run is.
 COMMAND_ONLY = (*FLAGS_ONLY, "resume", "num_processes", "process_id", "coordinator_address")
 # May differ between the sessions of one run: none of them changes what is learned,

@@ -67,15 +67,21 @@ def over_shards(function, params, batch, key, model, logits_at_once, *, mesh, ha
     )(params, batch, key)
 
 
-def gather(specs, params, path: tuple[str, ...], dtype):
+def gather(specs, params, path: tuple[str, ...], dtype, after=None):
     """A part of the parameters, whole; what is sharded becomes `dtype` before it is sent.
 
-    specs: of all parameters. path: where in their tree the part is.
+    specs: of all parameters. path: where in their tree the part is. after: array that is
+    computed first; left to itself, XLA may gather all of a model before it computes anything.
     """
 
     def whole(where, x):
         spec = functools.reduce(operator.getitem, [*path, *(key.key for key in where)], specs)
-        return _gathered(x, spec, dtype) if any(spec) else x
+        if not any(spec):
+            return x
+        if after is not None:
+            first = jax.lax.stop_gradient(after.ravel()[0])
+            x = jnp.where(first == first, x, jnp.zeros((), x.dtype))  # unless it is NaN: x
+        return _gathered(x, spec, dtype)
 
     return jax.tree_util.tree_map_with_path(whole, params)
 

@@ -523,7 +523,9 @@ class FlaxGPT2BlockCollection(nn.Module):
                 elif self.gather:
                     run = jax.checkpoint(run, policy=all_but_gathered)
                 params, key = self._variables_of(layer, deterministic)
-                x_BxTxD, probs = run((params, key, x_BxTxD, *args[:-2]))
+                # Gathered while the layer before is computed, and not all layers at once.
+                after = inputs[max(0, layer - 1)] if self.gather else None
+                x_BxTxD, probs = run((params, key, after, x_BxTxD, *args[:-2]))
             else:
                 x_BxTxD, probs = FlaxGPT2Block(*fields, name=str(layer))(x_BxTxD, *args)
             probabilities.append(probs)
@@ -538,10 +540,10 @@ class FlaxGPT2BlockCollection(nn.Module):
 
     @staticmethod
     def _apply(fields, gather, deterministic, inputs):
-        params, key, *args = inputs
+        params, key, after, *args = inputs
         if gather is not None:
             layer, dtype = fields[1:3]
-            params = gather(params, ("transformer", "h", str(layer)), dtype)
+            params = gather(params, ("transformer", "h", str(layer)), dtype, after)
         block = FlaxGPT2Block(*fields, parent=None)
         rngs = None if key is None else {"dropout": key}
         return block.apply({"params": params}, *args, deterministic, False, rngs=rngs)
@@ -670,8 +672,9 @@ class FlaxGPT2LMHeadModule(nn.Module):
     attention_checkpointing: bool = False
     pad_vocab_to_multiple_of: int = 1  # width of the logits; ids from V on have logit -inf
     keeps_little: bool = False  # LayerNorm and activation are computed again for the gradient
-    # Where parameters are shards of one device among many: (part of them, its path, dtype) -> the
-    # same, whole. `apply` then takes a layer in shards, and the rest as `outside_blocks` has it.
+    # Where parameters are shards of one device among many: (part of them, its path, dtype, an
+    # array to be computed first or None) -> the same, whole. `apply` then takes a layer in
+    # shards, and the rest as `outside_blocks` has it.
     gather: Callable | None = None
 
     def setup(self):
@@ -734,7 +737,7 @@ class FlaxGPT2LMHeadModule(nn.Module):
             return params
         transformer = params["transformer"]
         others = {name: part for name, part in transformer.items() if name != "h"}
-        whole = self.gather(params | {"transformer": others}, (), self.dtype)
+        whole = self.gather(params | {"transformer": others}, (), self.dtype, None)
         return whole | {"transformer": whole["transformer"] | {"h": transformer["h"]}}
 
     def head(self, params):

@@ -16,6 +16,8 @@ from gpt2_flax.config import TrainConfig
 from gpt2_flax.data import batches
 from gpt2_flax.errors import UserError, say
 from gpt2_flax.model import FlaxGPT2LMHeadModule
+from gpt2_flax.model_config import make_config
+from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 
 MOST_STEPS = 2**31 - 1  # the state counts them in an int32
 
@@ -50,9 +52,7 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
     module = make_module(config, model_config)
     saved_batch = meta["global_batch"] if meta is not None else None
     if config.batch_size == "auto":
-        config = dataclasses.replace(
-            config, batch_size=choose_batch_size(config, module, rows.count, saved_batch)
-        )
+        config = with_batch_size(config, module, rows.count, saved_batch)
     at_once = jax.device_count() * config.batch_size
     global_batch = at_once * config.grad_accum
     if saved_batch not in (None, global_batch):
@@ -185,6 +185,78 @@ def keep_global_batch(saved: int, config: TrainConfig) -> int:
     return saved
 
 
+# ---------------------------------------------------------------- the model
+
+
+def choose_model(config: TrainConfig, tokenizer, meta: dict | None):
+    """(GPT2Config, parameters to start from; None for random ones or a checkpoint's).
+
+    meta: of the checkpoint that the run goes on from, if there is one.
+    """
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    if not config.init_from:
+        model_config = transformers.GPT2Config(
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            n_embd=config.n_embd,
+            n_positions=config.n_positions,
+            vocab_size=choose_vocab_size(config, tokenizer),
+            bos_token_id=tokenizer.eos_id,
+            eos_token_id=tokenizer.eos_id,
+            **dropouts,
+        )
+        return model_config, None
+    # A run that goes on has its model in its checkpoints; the one it began from may be gone.
+    if meta is not None:
+        model_config, params = make_config(meta["model"], "the checkpoint"), None
+    else:
+        model, given = FlaxGPT2LMHeadModel.from_pretrained(config.init_from, _do_init=False)
+        missing = model._missing_keys - {("lm_head", "kernel")}  # a base model has no head
+        if missing:
+            raise UserError(
+                f"the model in {config.init_from} lacks {len(missing)} weights, such as"
+                f" {'/'.join(min(missing))}\n  is its config.json the right one?"
+            )
+        given = model.init_weights(model.key, params=given)
+        # On no device yet: where they go is for the run to say.
+        model_config, params = model.config, jax.device_get(model.to_fp32(given))
+        types = {leaf.dtype.name for leaf in jax.tree.leaves(given)} - {"float32"}
+        if types:
+            say(f"{config.init_from}: {', '.join(types)} weights become float32 for training")
+    model_config.update(dropouts)
+    check_given_model(config, model_config, tokenizer)
+    return model_config, params
+
+
+def choose_vocab_size(config: TrainConfig, tokenizer) -> int:
+    if 0 < config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size {config.vocab_size} is smaller than the tokenizer's"
+            f" {tokenizer.vocab_size} tokens\n  raise --vocab_size, or leave it out"
+        )
+    return config.vocab_size or tokenizer.vocab_size
+
+
+def check_given_model(config: TrainConfig, model_config, tokenizer) -> None:
+    """Raise UserError where the model to start from does not fit the other settings."""
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model in"
+            f" {config.init_from} has {model_config.vocab_size}\n"
+            f"  use the model's own tokenizer: --tokenizer {config.init_from}"
+        )
+    if config.block_size > model_config.n_positions:
+        raise UserError(
+            f"block_size {config.block_size} is over the {model_config.n_positions} positions of"
+            f" the model in {config.init_from}\n  lower --block_size"
+        )
+    if model_config.add_cross_attention:
+        raise UserError(
+            f"the model in {config.init_from} has cross-attention, which text alone cannot train\n"
+            "  start from a model without it (add_cross_attention false in its config.json)"
+        )
+
+
 # ---------------------------------------------------------------- measured before the first step
 
 
@@ -194,6 +266,12 @@ def trial(config, module):
     make = functools.partial(step.init_state, model=module, optimizer=optimizer)
     update = functools.partial(step.train_step, **fixed_for_step(config, module, optimizer))
     return make, parallel.compile_train_step(update, config.parallel)
+
+
+def with_batch_size(config, module, rows_an_epoch: int | None, saved: int | None) -> TrainConfig:
+    """The settings with a number for the batch_size that was `auto`."""
+    n_rows = choose_batch_size(config, module, rows_an_epoch, saved)
+    return dataclasses.replace(config, batch_size=n_rows)
 
 
 def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | None) -> int:

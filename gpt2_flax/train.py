@@ -19,6 +19,7 @@ from gpt2_flax import (
     checkpoint,
     compilation_cache,
     curves,
+    dry_run,
     durations,
     evaluate,
     memory,
@@ -41,7 +42,6 @@ from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml, profiled_st
 from gpt2_flax.data import batches, opening, show
 from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError, say
 from gpt2_flax.logs import Logs
-from gpt2_flax.model_config import make_config
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 from gpt2_flax.settings import read_yaml, shown
 
@@ -76,6 +76,8 @@ def train(config: TrainConfig) -> int:
         stop.of_several = processes.several()
         with processes.together():
             check_intervals(config)
+            if config.dry_run or config.show_sharding:
+                return dry_run.dry_run(config)
 
         def look_into_directory():
             run_files.refuse_links(output_dir, "output_dir", but=(model_card.CARD_FILE,))
@@ -95,7 +97,7 @@ def train(config: TrainConfig) -> int:
         with processes.together():
             text = opening.open_text(config)
             tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
-            model_config, given_params = choose_model(config, tokenizer, newest_meta)
+            model_config, given_params = plan.choose_model(config, tokenizer, newest_meta)
             sampler = make_sampler(config, model_config, tokenizer)
             train_rows, held_out, about_text = opening.open_rows(config, tokenizer, *text)
         processes.check_alike(
@@ -287,75 +289,6 @@ def why_of_another_run(config: TrainConfig, meta: dict) -> str | None:
     differing = differing_keys(config, meta["settings"])
     listed = ", ".join(f"{name} {shown(was)}" for name, (was, _) in differing.items())
     return f"it was saved by a run with {listed}" if differing else None
-
-
-def choose_model(config: TrainConfig, tokenizer, meta: dict | None):
-    """(GPT2Config, parameters to start from; None for random ones or a checkpoint's).
-
-    meta: of the checkpoint that the run goes on from, if there is one.
-    """
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-    if not config.init_from:
-        model_config = transformers.GPT2Config(
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            n_embd=config.n_embd,
-            n_positions=config.n_positions,
-            vocab_size=choose_vocab_size(config, tokenizer),
-            bos_token_id=tokenizer.eos_id,
-            eos_token_id=tokenizer.eos_id,
-            **dropouts,
-        )
-        return model_config, None
-    # A run that goes on has its model in its checkpoints; the one it began from may be gone.
-    if meta is not None:
-        model_config, params = make_config(meta["model"], "the checkpoint"), None
-    else:
-        model, given = FlaxGPT2LMHeadModel.from_pretrained(config.init_from, _do_init=False)
-        missing = model._missing_keys - {("lm_head", "kernel")}  # a base model has no head
-        if missing:
-            raise UserError(
-                f"the model in {config.init_from} lacks {len(missing)} weights, such as"
-                f" {'/'.join(min(missing))}\n  is its config.json the right one?"
-            )
-        given = model.init_weights(model.key, params=given)
-        # On no device yet: where they go is for the run to say.
-        model_config, params = model.config, jax.device_get(model.to_fp32(given))
-        types = {leaf.dtype.name for leaf in jax.tree.leaves(given)} - {"float32"}
-        if types:
-            say(f"{config.init_from}: {', '.join(types)} weights become float32 for training")
-    model_config.update(dropouts)
-    check_given_model(config, model_config, tokenizer)
-    return model_config, params
-
-
-def choose_vocab_size(config: TrainConfig, tokenizer) -> int:
-    if 0 < config.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"vocab_size {config.vocab_size} is smaller than the tokenizer's"
-            f" {tokenizer.vocab_size} tokens\n  raise --vocab_size, or leave it out"
-        )
-    return config.vocab_size or tokenizer.vocab_size
-
-
-def check_given_model(config: TrainConfig, model_config, tokenizer) -> None:
-    """Raise UserError where the model to start from does not fit the other settings."""
-    if tokenizer.vocab_size > model_config.vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model in"
-            f" {config.init_from} has {model_config.vocab_size}\n"
-            f"  use the model's own tokenizer: --tokenizer {config.init_from}"
-        )
-    if config.block_size > model_config.n_positions:
-        raise UserError(
-            f"block_size {config.block_size} is over the {model_config.n_positions} positions of"
-            f" the model in {config.init_from}\n  lower --block_size"
-        )
-    if model_config.add_cross_attention:
-        raise UserError(
-            f"the model in {config.init_from} has cross-attention, which text alone cannot train\n"
-            "  start from a model without it (add_cross_attention false in its config.json)"
-        )
 
 
 def save_settings(config: TrainConfig, tokenizer, output_dir: pathlib.Path) -> None:

@@ -133,7 +133,14 @@ def test_a_flag_sets_its_setting_and_no_other(name, write_yaml):
     assert config == dataclasses.replace(load_config(extra), **{name: value})
 
 
-NO_KEY = ("config", "debug", "show_data", "print_config")  # what is refused in a file
+NO_KEY = (
+    "config",
+    "debug",
+    "show_data",
+    "dry_run",
+    "show_sharding",
+    "print_config",
+)  # what is refused in a file
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in NO_KEY])

@@ -16,7 +16,8 @@ from gpt2_flax import FlaxGPT2LMHeadModel, checkpoint, convert
 from gpt2_flax.config import load_config
 from gpt2_flax.data.tokenizers import make_tokenizer
 from gpt2_flax.errors import CheckpointError, UserError, run_main
-from gpt2_flax.train import choose_model, train
+from gpt2_flax.plan import choose_model
+from gpt2_flax.train import train
 from tests.recorded import record
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
