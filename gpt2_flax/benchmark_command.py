@@ -18,6 +18,9 @@ PEERS = {
     "torch": ("torch",),
     "torch_compile": ("torch",),
     "torch_trainer": ("torch", "accelerate"),
+    # Our own step, which is measured by pmap, by the other engines of --parallel.
+    "jit": (),
+    "fsdp": (),
 }
 
 
@@ -43,7 +46,7 @@ def share(text: str) -> float:
 
 ABOUT = {
     "data": "rows ready per second, the share of a step that waits for data, tokenizing per core",
-    "train": "our training step against PyTorch's: speed, memory, time to the first step",
+    "train": "our training step (by pmap) against others: speed, memory, time to the first step",
     "decode": "greedy decoding with a cache, ours and PyTorch's",
     "checkpoint": "what a save costs the steps around it",
 }

@@ -95,13 +95,14 @@ def build(settings: dict):
         lr_schedule="constant",
         warmup_steps=0,
         seed=settings["seed"],
+        parallel=settings.get("parallel", "pmap"),
     )
     make, update = plan.trial(config, plan.make_module(config, model_config(settings)))
-    state = parallel.replicate(make, jax.random.key(config.seed))
+    state = parallel.make_state(make, jax.random.key(config.seed), config.parallel)
 
     def ready(ids):
         batch = batches.make_batch(ids, np.ones(n_rows, bool), slice(None), n_rows)
-        return parallel.put_batch(batch, 1)
+        return parallel.put_batch(batch, 1, config.parallel)
 
     return state, update, parallel.prefetch(random_rows(settings, more=1), ready)
 
@@ -319,6 +320,8 @@ def decoded(run, settings: dict) -> dict:
 
 CELLS = {
     "ours": ours,
+    "jit": lambda settings: ours(settings | {"parallel": "jit"}),
+    "fsdp": lambda settings: ours(settings | {"parallel": "fsdp"}),
     "torch": lambda settings: torch_step(settings, compiles=False),
     "torch_compile": lambda settings: torch_step(settings, compiles=True),
     "torch_trainer": torch_trainer,

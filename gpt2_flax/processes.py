@@ -6,6 +6,7 @@ must share: by it a process that ended, or hangs, is named.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -303,6 +304,29 @@ class Watch:
                     "  name an --output_dir on a file system that all of them share"
                 )
             stored(self.beat, self.folder)
+        if not is_first():
+            self.take_aborts()
+
+    def take_aborts(self) -> None:
+        """Let this process end in our words where process 0 is gone.
+
+        With it goes the service of JAX's runtime, which then aborts this process from a thread
+        in which no handler of Python's `signal` runs: this one is C's.
+        """
+        self.aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self.look_at_first())
+        handle = ctypes.CDLL(None).signal
+        handle.argtypes, handle.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        handle(signal.SIGABRT, ctypes.cast(self.aborted, ctypes.c_void_p))
+
+    def look_at_first(self) -> None:
+        """End this process if process 0 shows no sign of life; else return, and it aborts."""
+        path = self.folder / "0.json"
+        last = read(path)
+        for _ in range(3):
+            time.sleep(BEAT_SECONDS)
+            if self.ended.is_set() or read(path) != last:
+                return
+        self.give_up(f"process 0{described(parse(last))} is gone")
 
     def move_on(self, step: int | None = None) -> None:
         """Called where this process has waited for all others and goes on."""

@@ -55,14 +55,13 @@ TINY = [
 STEPS = ("--steps", "2", "--warm_up", "1")
 
 
-def test_our_step_is_measured_beside_torchs(measure, tmp_path):
+def test_our_step_is_measured_beside_torchs_and_its_own_by_jit(measure, tmp_path):
     figures = tmp_path / "figures.json"
-    code, out, err = measure(
-        *TINY, *STEPS, "--peer", "torch", "--dropout", "0.1", "--json", figures, command="train"
-    )
+    flags = "--peer", "torch", "jit", "--dropout", "0.1", "--json", figures
+    code, out, err = measure(*TINY, *STEPS, *flags, command="train")
     assert code == 0, err
     results = json.loads(figures.read_text())
-    for cell in ("ours", "torch"):
+    for cell in ("ours", "torch", "jit"):
         tokens, seconds = (results[f"{cell}: {what}"]["median"] for what in ("tokens/s", "s/step"))
         assert tokens == pytest.approx(8 * 5 / seconds)
         assert 0.1 < results[f"{cell}: GB of the host"]["median"] < 10
