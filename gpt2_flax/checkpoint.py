@@ -37,16 +37,17 @@ class Checkpoints:
         """
         self.refuse = refuse or (lambda meta: None)
         self.folder = pathlib.Path(output_dir).absolute() / FOLDER
+        # Barriers of JAX's runtime instead of its collectives: Orbax has them in a thread of its
+        # own, and collectives of two threads would be taken for one another.
+        together = ocp.options.MultiprocessingOptions(
+            active_processes={*range(jax.process_count())} if processes.several() else None
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy(keep),
             best_fn=best_first,  # without it, Orbax does not write the metrics down
             cleanup_tmp_directories=True,
             create=False,
-            # Barriers of JAX's runtime instead of its collectives: Orbax has them in a thread of
-            # its own, and collectives of two threads would be taken for one another.
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                active_processes={*range(jax.process_count())} if processes.several() else None
-            ),
+            multiprocessing_options=together,
             todelete_subdir=TRASH,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self.seal,
@@ -62,7 +63,15 @@ class Checkpoints:
         with storage_errors(self.folder):
             processes.first_only(lambda: self.folder.mkdir(parents=True, exist_ok=True))
             self.manager = ocp.CheckpointManager(
-                self.folder, options=options, item_names=("state", "meta")
+                self.folder,
+                options=options,
+                item_handlers={
+                    # Compressing takes most of a save, and finds 7 % in float32: lab_notes.md.
+                    "state": ocp.PyTreeCheckpointHandler(
+                        use_compression=False, multiprocessing_options=together
+                    ),
+                    "meta": ocp.JsonCheckpointHandler(multiprocessing_options=together),
+                },
             )
         self.empty_trash()
 
@@ -102,9 +111,7 @@ class Checkpoints:
 
         Raises StorageError for what went wrong since the last call, too.
         """
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-        )
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         with self.storage_errors():
             self.manager.wait_until_finished()
             self.empty_trash()
@@ -213,7 +220,8 @@ class Checkpoints:
         if chosen is None:
             return None
         step, meta, damaged = chosen
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        arguments = ocp.checkpoint_utils.construct_restore_args(like)
+        items = ocp.args.Composite(state=ocp.args.PyTreeRestore(like, restore_args=arguments))
         with read_errors(self.folder / str(step)):
             state = self.manager.restore(step, args=items)["state"]
         for other, reason in damaged:
