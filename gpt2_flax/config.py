@@ -253,6 +253,11 @@ class TrainConfig:
     show_sharding: bool = setting(
         False, "print how the parameters lie on the devices, and train nothing"
     )
+    topology: str = setting(
+        "",
+        "TPUs that need not be there, such as v5e:2x4, for which --dry_run compiles and"
+        " --show_sharding counts; pip install libtpu",
+    )
     print_config: bool = setting(
         False, "print the resolved settings as YAML, which --config reads, and train nothing"
     )
@@ -267,7 +272,8 @@ GROUPS = {
 }
 FIELDS = fields_of(TrainConfig)
 TYPES = typing.get_type_hints(TrainConfig)
-FLAGS_ONLY = ("config", "debug", "show_data", "dry_run", "show_sharding", "print_config")
+FLAGS_ONLY = ("config", "debug", "show_data", "dry_run", "show_sharding", "topology",
+              "print_config")  # fmt: skip
 # Never written to config.yaml: they say how the command is run, not what the run is.
 COMMAND_ONLY = (*FLAGS_ONLY, "resume", "num_processes", "process_id", "coordinator_address")
 # May differ between the sessions of one run: none of them changes what is learned,
@@ -420,6 +426,12 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
         f"sample_tokens {c.sample_tokens} does not fit into n_positions {c.n_positions}\n"
         "  lower sample_tokens; 0 for no sample",
     )
+    require(
+        {"topology", "batch_size"},
+        not c.topology or c.batch_size != "auto",
+        "batch_size auto needs to know the memory of a device, which topology does not say\n"
+        "  give --batch_size a number; what does not fit is refused",
+    )
     if c.tokenizer.startswith("bpe:"):
         size = c.tokenizer.removeprefix("bpe:")
         is_number = size.isascii() and size.isdigit() and len(size) < 9
@@ -536,6 +548,7 @@ def conflicting(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[tup
         ({"beta1"}, c.optimizer == "adafactor", "optimizer adafactor"),
         ({"beta2"}, c.optimizer in ("adafactor", "sgd"), f"optimizer {c.optimizer}"),
         ({"sample_prompt"}, c.sample_tokens == 0, "sample_tokens 0"),
+        ({"topology"}, not (c.dry_run or c.show_sharding), "dry_run false"),
         ({"process_id"}, c.num_processes < 2, f"num_processes {c.num_processes}"),
         ({"coordinator_address"}, c.num_processes == 1, "num_processes 1"),
         (

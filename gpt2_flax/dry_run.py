@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt2_flax import durations, memory, metrics, outcome, parallel, plan, processes, step
+from gpt2_flax import devices, durations, memory, metrics, outcome, parallel, plan, processes, step
 from gpt2_flax.data import tokenizers
 
 VOCABULARIES = {"gpt2": 50257, "bytes": 257}  # for which neither text nor network is needed
@@ -31,6 +31,15 @@ class Vocabulary(NamedTuple):
 
 def dry_run(config) -> int:
     """Print what was asked for. Returns the process's exit code."""
+    if config.topology:
+        devices.imagine(config.topology)
+    try:
+        return show_run(config)
+    finally:
+        devices.forget_imagined()
+
+
+def show_run(config) -> int:
     model_config, _ = plan.choose_model(config, vocabulary_of(config), None)
     module = plan.make_module(config, model_config)
     make, update = plan.trial(config, module)
@@ -87,11 +96,11 @@ def sharding_lines(state: step.TrainState, engine: str):
             cell.ljust(width) for cell, width in zip(row, widths, strict=True)
         ).rstrip()
     yield ""
-    devices = jax.device_count()
+    n_devices = devices.count()
     for name, tree in (("parameters", state.params), ("with the optimizer", state)):
         yield (
             f"{name}: {size(bytes_of(tree))},"
-            f" {size(bytes_there(tree, engine))} on each of {devices} devices"
+            f" {size(bytes_there(tree, engine))} on each of {n_devices} devices"
         )
 
 
@@ -123,8 +132,8 @@ def bytes_there(tree, engine: str) -> int:
 
 
 def run_lines(config, model_config, state, update):
-    devices = jax.device_count()
-    at_once = devices * config.batch_size
+    n_devices = devices.count()
+    at_once = n_devices * config.batch_size
     rows = at_once * config.grad_accum
     tokens = rows * config.block_size
     n_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -136,7 +145,7 @@ def run_lines(config, model_config, state, update):
         }
     )  # fmt: skip
     yield (
-        f"step: {rows} rows, {tokens:,} tokens (devices {devices} x rows {config.batch_size}"
+        f"step: {rows} rows, {tokens:,} tokens (devices {n_devices} x rows {config.batch_size}"
         f" x accumulated {config.grad_accum}), --parallel {config.parallel}"
     )
     began = time.perf_counter()
@@ -146,8 +155,9 @@ def run_lines(config, model_config, state, update):
         config.parallel,
     )
     placed = parallel.shapes_on_devices(state, config.parallel)
-    compiled = update.lower(placed, batch).compile()
-    yield f"compiled in {time.perf_counter() - began:.0f} s for {devices} x {device_kind()}"
+    with memory.out_of_memory(lambda: too_large(config), plan.remedy_for_memory(config)):
+        compiled = update.lower(placed, batch).compile()
+    yield f"compiled in {time.perf_counter() - began:.0f} s for {n_devices} x {device_kind()}"
     yield from memory_lines(compiled, state, config)
     yield from communication_lines(state.params, config)
     flops = tokens * metrics.flops_per_token(c.n_layer, c.n_embd, c.vocab_size, config.block_size)
@@ -156,7 +166,14 @@ def run_lines(config, model_config, state, update):
 
 
 def device_kind() -> str:
-    return jax.devices()[0].device_kind
+    return devices.everywhere()[0].device_kind
+
+
+def too_large(config) -> str:
+    return (
+        f"{config.batch_size} rows of {config.block_size} tokens at a time on a {device_kind()},"
+        f" with --parallel {config.parallel}"
+    )
 
 
 def memory_lines(compiled, state, config):
@@ -166,8 +183,10 @@ def memory_lines(compiled, state, config):
         f" {size(there)} of parameters and optimizer,"
         f" {size(n_bytes - there)} beside them"
     )
+    if devices.imagined():
+        return  # what does not fit is not compiled
     limit = memory.device_bytes()
-    if jax.default_backend() == "cpu":
+    if devices.platform() == "cpu":
         yield f"  this machine has {size(limit)} free for each of its devices"
     elif n_bytes > memory.USABLE * limit:
         yield f"  that is too much for {size(limit)}: {plan.remedy_for_memory(config)}"
@@ -177,15 +196,15 @@ def memory_lines(compiled, state, config):
 
 def communication_lines(params, config):
     """Bytes that a device has to be sent each step, in a ring."""
-    devices, engine = jax.device_count(), config.parallel
-    if devices == 1:
+    n_devices, engine = devices.count(), config.parallel
+    if n_devices == 1:
         return
     gathered = [
         leaf
         for leaf in jax.tree.leaves(parallel.shapes_on_devices(params, engine))
         if not leaf.sharding.is_fully_replicated
     ]
-    share = (devices - 1) / devices
+    share = (n_devices - 1) / n_devices
     summed = bytes_of(params) - bytes_of(gathered)
     n_bytes = 2 * summed * share
     if gathered:
@@ -198,11 +217,15 @@ def communication_lines(params, config):
 
 def length_lines(config, rows, tokens, flops, width):
     """Lines on the number of steps, as far as it is known without the text, and their time."""
-    rate = product_flops(width, jnp.dtype(config.dtype), min(MOST_ROWS, tokens))
+    if devices.imagined():
+        rate, whose = devices.count() * (metrics.peak_flops(device_kind()) or math.nan), "peak"
+    else:
+        rate = product_flops(width, jnp.dtype(config.dtype), min(MOST_ROWS, tokens))
+        whose = "a product of matrices here"
     seconds = flops / rate
     yield (
         f"time: at least {seconds:.3g} s a step, {tokens / seconds:,.0f} tokens/s, at the"
-        f" {rate / 1e12:.3g} TFLOP/s of a product of matrices here, on all devices together"
+        f" {rate / 1e12:.3g} TFLOP/s of {whose}, on all devices together"
     )
     amount, unit = durations.split(config.max_steps)
     if not config.max_steps:

@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gpt2_flax import devices
+
 Array = jax.Array
 
 
@@ -23,10 +25,10 @@ def cross_entropy_sum(
 ) -> Array:
     """Summed cross-entropy in nats of the positions that count, a float32 scalar.
 
-    x and head are of the type of computation; logits and all that follows are float32. A target
-    of no id gives NaN. n_ids: V. at_once: t, positions of every row whose logits are held at a
-    time. The gradient is formed along with the loss, chunk by chunk, while the logits are there:
-    none is computed twice.
+    x and head are of the type of computation, to which logits are rounded, once; what follows is
+    float32, but in bfloat16 no float32 array of all logits is made. A target of no id gives NaN.
+    n_ids: V. at_once: t, positions of every row whose logits are held at a time. The gradient is
+    formed along with the loss, chunk by chunk, while the logits are there: none is computed twice.
     """
     return sum(
         _loss_of_chunk(_logits(x, head_WxD, n_ids), targets, counts)[0]
@@ -44,7 +46,7 @@ def _chunks(at_once, *arrays):
 
 def _logits(x_BxtxD, head_WxD, n_ids):
     logits_BxtxW = jax.lax.dot_general(
-        x_BxtxD, head_WxD, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        x_BxtxD, head_WxD, (((2,), (1,)), ((), ())), preferred_element_type=x_BxtxD.dtype
     )
     if n_ids == head_WxD.shape[0]:
         return logits_BxtxW
@@ -52,12 +54,17 @@ def _logits(x_BxtxD, head_WxD, n_ids):
                      logits_BxtxW, -jnp.inf)  # fmt: skip
 
 
+def _float32(array):
+    return array.astype(jnp.float32)
+
+
 def _loss_of_chunk(logits_BxtxW, targets_Bxt, counts_Bxt):
     """(summed loss, logarithm of each position's sum of exponentials (B, t, 1))."""
-    largest_Bxtx1 = logits_BxtxW.max(-1, keepdims=True)
-    sums_Bxtx1 = jnp.exp(logits_BxtxW - largest_Bxtx1).sum(-1, keepdims=True)
+    largest_Bxtx1 = _float32(logits_BxtxW.max(-1, keepdims=True))
+    sums_Bxtx1 = jnp.exp(_float32(logits_BxtxW) - largest_Bxtx1).sum(-1, keepdims=True)
     log_sums_Bxtx1 = jnp.log(sums_Bxtx1) + largest_Bxtx1
     chosen_Bxtx1 = jnp.take_along_axis(logits_BxtxW, targets_Bxt[:, :, None], -1)
+    chosen_Bxtx1 = _float32(chosen_Bxtx1)
     loss_Bxt = (log_sums_Bxtx1 - chosen_Bxtx1)[:, :, 0]
     return jnp.where(counts_Bxt, loss_Bxt, 0.0).sum(), log_sums_Bxtx1
 
@@ -70,11 +77,11 @@ def _forward(x_BxTxD, head_WxD, targets_BxT, counts_BxT, n_ids, at_once):
         logits_BxtxW = _logits(x, head_WxD, n_ids)
         loss, log_sums_Bxtx1 = _loss_of_chunk(logits_BxtxW, targets, counts)
         total += loss
-        probs_BxtxW = jnp.exp(logits_BxtxW - log_sums_Bxtx1)
+        probs_BxtxW = jnp.exp(_float32(logits_BxtxW) - log_sums_Bxtx1)
         dlogits_BxtxW = _dlogits(probs_BxtxW, targets, counts).astype(x.dtype)
         dx = _product(dlogits_BxtxW, head_WxD, ((2,), (0,)))
         dx_BxtxD.append(dx)
-        if jax.default_backend() == "cpu":
+        if devices.platform() == "cpu" and x.dtype == jnp.float32:
             # XLA transposes them for the other product: only once dx is there, so that the
             # two forms never are in memory at the same time.
             targets = _after(dx, targets, -1)

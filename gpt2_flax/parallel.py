@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt2_flax import fsdp
+from gpt2_flax import devices, fsdp
 
 AXIS = "batch"
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes
@@ -24,11 +24,11 @@ UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes
 
 def mesh() -> Mesh:
     """The devices of all processes."""
-    return Mesh(jax.devices(), (AXIS,))
+    return Mesh(devices.everywhere(), (AXIS,))
 
 
 def local_mesh() -> Mesh:
-    return Mesh(jax.local_devices(), (AXIS,))
+    return Mesh(devices.here(), (AXIS,))
 
 
 def replicated() -> NamedSharding:
@@ -70,8 +70,8 @@ def shardings(tree, engine: str):
 
 def over_devices(engine: str) -> NamedSharding:
     """A batch's leading axis, a device each: pmap takes those of a process alone."""
-    devices = local_mesh() if engine == "pmap" else mesh()
-    return NamedSharding(devices, PartitionSpec(AXIS))
+    taking = local_mesh() if engine == "pmap" else mesh()
+    return NamedSharding(taking, PartitionSpec(AXIS))
 
 
 def of_all_processes(tree):
@@ -125,13 +125,14 @@ def compile_train_step(step: Callable, engine: str) -> Callable:
     """
     if engine == "pmap":
         # XLA would copy the gradients to reduce them over one device.
-        axis_name = AXIS if jax.device_count() > 1 else None
+        axis_name = AXIS if devices.count() > 1 else None
         return jax.pmap(
             functools.partial(step, axis_name=axis_name),
             axis_name=AXIS,
             in_axes=(None, 0),
             out_axes=(None, None),
             donate_argnums=(0,),
+            devices=devices.imagined() or None,
         )
 
     if engine == "fsdp":
@@ -188,15 +189,15 @@ def differing_replicas(tree) -> list[jax.Device]:
     sums = np.asarray(
         checksums([leaf for leaf in jax.tree.leaves(tree) if leaf.is_fully_replicated])
     )
-    devices = jax.local_devices()
+    compared = jax.local_devices()
     if jax.process_count() > 1:
         sums = multihost_utils.process_allgather(sums).ravel()
-        devices = sorted(jax.devices(), key=lambda device: device.process_index)
+        compared = sorted(jax.devices(), key=lambda device: device.process_index)
     values, counts = np.unique(sums, return_counts=True)
     if len(values) == 1:
         return []
     most = values[counts.argmax()] if 2 * counts.max() > len(sums) else None
-    return [device for device, of_it in zip(devices, sums, strict=True) if of_it != most]
+    return [device for device, of_it in zip(compared, sums, strict=True) if of_it != most]
 
 
 def compile_maximum() -> Callable:
@@ -235,7 +236,7 @@ def split_batch(batch, micro_batches: int | None):
 
     A device's rows, and a micro-batch's, are neighbours in the batch.
     """
-    n_devices = jax.local_device_count()
+    n_devices = len(devices.here())
     lead = (n_devices,) if micro_batches is None else (n_devices, micro_batches)
     return jax.tree.map(lambda array: array.reshape(*lead, -1, *array.shape[1:]), batch)
 
@@ -244,7 +245,7 @@ def batch_shapes(batch, micro_batches: int | None, engine: str = "pmap"):
     """What `put_batch` would return, as shapes for the compiler."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
-            (len(x) if engine == "pmap" else jax.device_count(), *x.shape[1:]),
+            (len(x) if engine == "pmap" else devices.count(), *x.shape[1:]),
             x.dtype,
             sharding=over_devices(engine),
         ),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from gpt2_flax import durations, memory, metrics, optim, parallel, processes, step
+from gpt2_flax import devices, durations, memory, metrics, optim, parallel, processes, step
 from gpt2_flax.config import TrainConfig
 from gpt2_flax.data import batches
 from gpt2_flax.errors import UserError, say
@@ -53,7 +53,7 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
     saved_batch = meta["global_batch"] if meta is not None else None
     if config.batch_size == "auto":
         config = with_batch_size(config, module, rows.count, saved_batch)
-    at_once = jax.device_count() * config.batch_size
+    at_once = devices.count() * config.batch_size
     global_batch = at_once * config.grad_accum
     if saved_batch not in (None, global_batch):
         global_batch = keep_global_batch(saved_batch, config)
@@ -79,7 +79,7 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
     )
     share = global_batch // jax.process_count()
     first = jax.process_index() * share
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    peak = metrics.peak_flops(devices.everywhere()[0].device_kind)
     return Run(
         model_config=model_config,
         module=module,
@@ -101,7 +101,7 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
         flops=metrics.flops_per_token(
             model_config.n_layer, model_config.n_embd, model_config.vocab_size, config.block_size
         ),
-        peak=peak and peak * jax.device_count(),
+        peak=peak and peak * devices.count(),
     )
 
 
@@ -113,7 +113,7 @@ def make_module(config, model_config) -> FlaxGPT2LMHeadModule:
         gradient_checkpointing=config.remat == "block",
         attention_checkpointing=config.remat == "attention",
         # Elsewhere it was not measured.
-        keeps_little=jax.default_backend() == "cpu",
+        keeps_little=devices.platform() == "cpu",
     )
 
 
@@ -172,15 +172,15 @@ def make_interval(value, in_steps, at_most: int | None = None) -> durations.Inte
 
 def keep_global_batch(saved: int, config: TrainConfig) -> int:
     """The global batch of a run's checkpoints, if these devices can make it up."""
-    devices = jax.device_count()
-    if saved % (devices * config.batch_size):
-        fitting = [n for n in range(1, saved + 1) if saved % (devices * n) == 0]
+    n_devices = devices.count()
+    if saved % (n_devices * config.batch_size):
+        fitting = [n for n in range(1, saved + 1) if saved % (n_devices * n) == 0]
         ways = f"set --batch_size to one of {fitting}" if fitting else "use fewer devices"
         raise UserError(
-            f"the run's steps have {saved} rows; {devices} devices x batch_size"
+            f"the run's steps have {saved} rows; {n_devices} devices x batch_size"
             f" {config.batch_size} cannot make that up\n  {ways}"
         )
-    accumulated = saved // (devices * config.batch_size)
+    accumulated = saved // (n_devices * config.batch_size)
     say(f"the run's steps have {saved} rows and keep them: grad_accum is {accumulated} here")
     return saved
 
@@ -279,13 +279,13 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
 
     saved: rows of a step of the run's checkpoints, which the choice then divides.
     """
-    devices, accumulated = jax.device_count(), config.grad_accum
-    most = memory.MOST_TOKENS.get(jax.default_backend(), 2**18) // config.block_size
+    n_devices, accumulated = devices.count(), config.grad_accum
+    most = memory.MOST_TOKENS.get(devices.platform(), 2**18) // config.block_size
     if rows_an_epoch is not None:
-        most = min(most, rows_an_epoch // (devices * accumulated))
+        most = min(most, rows_an_epoch // (n_devices * accumulated))
     allowed = [2**n for n in range(31) if 2**n <= max(1, most)]
     if saved is not None:
-        allowed = [n for n in allowed if saved % (devices * n) == 0]
+        allowed = [n for n in allowed if saved % (n_devices * n) == 0]
         if not allowed:
             return 1  # these devices cannot make up the run's steps: that is said elsewhere
     make, update = trial(config, module)
@@ -294,8 +294,8 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
 
     def bytes_of(n):
         if n not in planned:
-            micro_batches = saved // (devices * n) if saved else accumulated
-            rows = jax.local_device_count() * micro_batches * n
+            micro_batches = saved // (n_devices * n) if saved else accumulated
+            rows = len(devices.here()) * micro_batches * n
             batch = parallel.batch_shapes(
                 blank_batch(rows, config.block_size), micro_batches, config.parallel
             )
@@ -319,7 +319,7 @@ def measure_step(config, module, global_batch: int) -> float:
     make, update = trial(config, module)
     state = parallel.make_state(make, jax.random.key(config.seed), config.parallel)
     batch = blank_batch(global_batch // jax.process_count(), config.block_size)
-    micro_batches = global_batch // (jax.device_count() * config.batch_size)
+    micro_batches = global_batch // (devices.count() * config.batch_size)
     ready = parallel.put_batch(batch, micro_batches, config.parallel)
     seconds = []
     for _ in range(6):
@@ -344,7 +344,7 @@ def describe_memory(run, config) -> str:
     """The sizes that matter where a step does not fit into a device. run: None if not built."""
     rows, beside = config.batch_size, ""
     if run is not None:
-        rows = run.eval_batch // jax.device_count()
+        rows = run.eval_batch // devices.count()
         make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
         state = jax.tree.leaves(jax.eval_shape(make, jax.random.key(0)))
         n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)

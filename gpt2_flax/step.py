@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_flax import head_loss
+from gpt2_flax import devices, head_loss
 
 
 class TrainState(NamedTuple):
@@ -111,7 +111,7 @@ def train_step(
     grads = jax.tree.map(lambda grad: grad * share, grads)
     norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    in_place = jax.default_backend() == "cpu" and over_shards is None
+    in_place = devices.platform() == "cpu" and over_shards is None
     params, opt_state = update(state, grads, optimizer, is_finite, in_place)
     metrics = {"loss_sum": loss, "tokens": tokens, "grad_norm": norm}
     return TrainState(state.step + 1, params, opt_state), metrics
