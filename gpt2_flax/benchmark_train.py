@@ -15,6 +15,7 @@ import time
 import numpy as np
 
 from gpt2_flax.errors import UserError
+from gpt2_flax.imports import leave_out_torch
 
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP, BETAS = 6e-4, 0.1, 1.0, (0.9, 0.95)
 
@@ -76,6 +77,8 @@ def step_figures(seconds: float, first_done: float, settings: dict) -> dict:
 
 def build(settings: dict):
     """(state, compiled step, batches on the device) of the step that train.py runs."""
+    if __name__ == "__main__":  # as train.py does
+        leave_out_torch()
     import jax
 
     from gpt2_flax import memory, parallel, plan
@@ -270,6 +273,8 @@ def torch_trainer(settings: dict) -> dict:
 
 
 def decode_ours(settings: dict) -> dict:
+    if __name__ == "__main__":  # as generate.py does
+        leave_out_torch()
     from gpt2_flax import FlaxGPT2LMHeadModel
 
     config = model_config(settings)

@@ -6,6 +6,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from gpt2_flax.errors import run_main
+from gpt2_flax.imports import leave_out_torch
 from gpt2_flax.settings import ArgumentParser
 
 
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
 
+    if __name__ == "__main__":  # tests, which import this, compare with PyTorch
+        leave_out_torch()
     from gpt2_flax.generation import continue_text
     from gpt2_flax.pretrained import load_with_tokenizer
 

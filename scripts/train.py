@@ -7,6 +7,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from gpt2_flax.config import dump_yaml, load_config
 from gpt2_flax.errors import run_main
+from gpt2_flax.imports import leave_out_torch
 
 
 def main(argv: list[str]) -> int:
@@ -14,6 +15,8 @@ def main(argv: list[str]) -> int:
     if config.print_config:
         print(dump_yaml(config), end="")
         return 0
+    if __name__ == "__main__":  # tests, which import this, compare with PyTorch
+        leave_out_torch()
     from gpt2_flax.train import train  # after a fault of the settings, which needs no JAX
 
     return train(config)
