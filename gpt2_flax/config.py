@@ -169,6 +169,16 @@ class TrainConfig:
         "what the backward pass computes again instead of keeping it in memory: whole blocks,"
         " or attention's scores alone",
     )
+    attention: Literal["auto", "xla", "cudnn"] = setting(
+        "auto",
+        "how attention is computed; cudnn: NVIDIA's fused kernel, for bfloat16 and dropout 0;"
+        " auto: that one where it works, else xla",
+    )
+    scan_layers: bool = setting(
+        False,
+        "compile one layer and run it n_layers times: the program is compiled in much less time,"
+        " and may be slower; the parameters, and what is learned, stay the same",
+    )
     logits_at_once: int = setting(
         0,
         "positions of each row whose logits are in memory at a time: less of it for large"
@@ -284,7 +294,7 @@ FREE_ON_RESUME = {
     "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
     "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger", "profile", "remat",
     "max_bad_steps", "replica_check_every", "step_timeout", "compilation_cache",
-    "logits_at_once",
+    "logits_at_once", "attention", "scan_layers",
 }  # fmt: skip
 
 
@@ -425,6 +435,12 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
         c.init_from or c.sample_tokens < c.n_positions,
         f"sample_tokens {c.sample_tokens} does not fit into n_positions {c.n_positions}\n"
         "  lower sample_tokens; 0 for no sample",
+    )
+    require(
+        {"attention", "dtype", "dropout"},
+        c.attention != "cudnn" or (c.dtype == "bfloat16" and c.dropout == 0),
+        f"attention cudnn needs dtype bfloat16 and dropout 0, got {c.dtype} and {c.dropout:g}\n"
+        "  change those two, or leave it to --attention auto",
     )
     require(
         {"topology", "batch_size"},

@@ -250,6 +250,27 @@ def initial_std(config, hf_flax_compat: bool, residual: bool = False) -> float:
     return config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1.0)
 
 
+def random_bits(key, row_ids_B, shape: tuple[int, ...]) -> Array:
+    """uint32 (B, *shape), a function of key, row id and place.
+
+    A hash of the place, seeded by two words that JAX's own generator makes for each row: cheap
+    enough to be computed where it is used, in both passes, instead of being kept. The mixing is
+    Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/), twice.
+    """
+    words_Bx2 = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (2,)))(
+        row_ids_B
+    )
+    first, second = (words_Bx2[:, n].reshape(-1, *[1] * len(shape)) for n in range(2))
+    place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(1, *shape)
+    return _mixed(_mixed(place ^ first) + second)
+
+
+def _mixed(x: Array) -> Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
 class Dropout(nn.Module):
     """Dropout whose mask is a function of (key, module, row id) alone.
 
@@ -270,9 +291,8 @@ class Dropout(nn.Module):
         if self.hf_flax_compat:
             keep = jax.random.bernoulli(key, keep_rate, x.shape)
         else:
-            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids_B)
-            draw = functools.partial(jax.random.bernoulli, p=keep_rate, shape=x.shape[1:])
-            keep = jax.vmap(draw)(keys_B)
+            below = jnp.uint32(min(round(keep_rate * 2**32), 2**32 - 1))
+            keep = random_bits(key, row_ids_B, x.shape[1:]) < below
         return jnp.where(keep, x / keep_rate, jnp.zeros_like(x))
 
 
@@ -281,6 +301,9 @@ class FlaxGPT2Attention(nn.Module):
 
     Returns (B, T, D) and the probabilities (B, H, T, K), after dropout. With `checkpointing`
     the probabilities are computed again in the backward pass; not under hf_flax_compat.
+
+    fused: implementation of jax.nn.dot_product_attention ("cudnn") for training on whole rows
+    without dropout of probabilities, which then do not exist: None is returned in their place.
     """
 
     config: Any
@@ -289,13 +312,20 @@ class FlaxGPT2Attention(nn.Module):
     is_cross_attention: bool = False
     hf_flax_compat: bool = False
     checkpointing: bool = False
+    fused: str | None = None
 
     @nn.compact  # for the cache's variables
     def __call__(
         self, x_BxTxD, source_BxKxD, mask_BxK, row_ids_B, deterministic, init_cache, before=None
     ):
-        B, T, D = x_BxTxD.shape
+        T = x_BxTxD.shape[1]
         q_BxTxHxC, k_BxKxHxC, v_BxKxHxC = self._project(x_BxTxD, source_BxKxD, before)
+        if self.fused and mask_BxK is None:
+            mixed_BxTxHxC = jax.nn.dot_product_attention(
+                q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, is_causal=True, scale=self._scale(),
+                implementation=self.fused,
+            )  # fmt: skip
+            return self._merge(mixed_BxTxHxC, row_ids_B, deterministic), None
         allowed_BxHxTxK = None  # all
         if mask_BxK is not None:
             allowed_BxHxTxK = mask_BxK[:, None, None, :].astype(bool)
@@ -313,11 +343,16 @@ class FlaxGPT2Attention(nn.Module):
         mixed_BxTxHxC, probs_BxHxTxK = mix(
             q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic
         )
+        return self._merge(mixed_BxTxHxC, row_ids_B, deterministic), probs_BxHxTxK
+
+    def _merge(self, mixed_BxTxHxC, row_ids_B, deterministic):
+        """The heads' mixed values as the branch's output (B, T, D)."""
+        D = self.config.n_embd
         std = initial_std(self.config, self.hf_flax_compat, residual=True)
         c_proj = FlaxConv1D(D, std, self.dtype, name="c_proj")
         drop = Dropout(self.config.resid_pdrop, self.hf_flax_compat, name="resid_dropout")
-        out_BxTxD = drop(c_proj(mixed_BxTxHxC.reshape(B, T, D)), row_ids_B, deterministic)
-        return out_BxTxD, probs_BxHxTxK
+        out_BxTxD = c_proj(mixed_BxTxHxC.reshape(*mixed_BxTxHxC.shape[:2], D))
+        return drop(out_BxTxD, row_ids_B, deterministic)
 
     def _project(self, x_BxTxD, source_BxKxD, before):
         D, H = self.config.n_embd, self.config.n_head
@@ -446,13 +481,15 @@ class FlaxGPT2Block(nn.Module):
     hf_flax_compat: bool = False
     attention_checkpointing: bool = False
     keeps_little: bool = False
+    fused_attention: str | None = None
 
     def setup(self):
         epsilon, compat = self.config.layer_norm_epsilon, self.hf_flax_compat
         self.ln_1 = LayerNorm(epsilon, self.dtype)
         self.attn = FlaxGPT2Attention(
-            self.config, self.layer, self.dtype, False, compat, self.attention_checkpointing
-        )
+            self.config, self.layer, self.dtype, False, compat, self.attention_checkpointing,
+            self.fused_attention,
+        )  # fmt: skip
         if self.config.add_cross_attention:
             self.ln_cross_attn = LayerNorm(epsilon, self.dtype)
             self.crossattention = FlaxGPT2Attention(
@@ -496,6 +533,8 @@ class FlaxGPT2BlockCollection(nn.Module):
     computes again what costs next to nothing: LayerNorm and the activation.
 
     gather: FlaxGPT2LMHeadModule's; a layer's parameters are whole only while it is computed.
+    fused_attention: FlaxGPT2Attention's `fused`. scanned: one layer is compiled, and run n_layer
+    times; inputs and probabilities are then not returned.
     """
 
     config: Any
@@ -505,38 +544,73 @@ class FlaxGPT2BlockCollection(nn.Module):
     attention_checkpointing: bool = False
     keeps_little: bool = False
     gather: Callable | None = None
+    fused_attention: str | None = None
+    scanned: bool = False
 
     @nn.compact
     def __call__(self, x_BxTxD, *args):
         deterministic, init_cache = args[-2:]
-        keeps = init_cache or self.is_initializing() or "cache" in self.variables
+        if init_cache or self.is_initializing() or "cache" in self.variables:
+            return self._by_modules((), x_BxTxD, args)
+        draws = not deterministic and self.has_rng("dropout")
+        key = self.make_rng("dropout") if draws and not self.hf_flax_compat else None
+        if self.scanned and not self.config.scale_attn_by_inverse_layer_idx:
+            return self._scan(key, x_BxTxD, args[:-2], deterministic), [], []
+        if key is None and not (self.gradient_checkpointing or self.gather):
+            return self._by_modules(self._for_training(), x_BxTxD, args)
         inputs, probabilities = [], []
         for layer in range(self.config.n_layer):
-            fields = self.config, layer, self.dtype, self.hf_flax_compat
-            fields = (*fields, self.attention_checkpointing and not keeps)
-            fields = (*fields, self.keeps_little and not keeps)
             inputs.append(x_BxTxD)
-            if (self.gradient_checkpointing or self.gather) and not keeps:
-                run = functools.partial(self._apply, fields, self.gather, deterministic)
-                if self.gradient_checkpointing:
-                    run = recomputed(run)
-                elif self.gather:
-                    run = jax.checkpoint(run, policy=all_but_gathered)
-                params, key = self._variables_of(layer, deterministic)
-                # Gathered while the layer before is computed, and not all layers at once.
-                after = inputs[max(0, layer - 1)] if self.gather else None
-                x_BxTxD, probs = run((params, key, after, x_BxTxD, *args[:-2]))
-            else:
-                x_BxTxD, probs = FlaxGPT2Block(*fields, name=str(layer))(x_BxTxD, *args)
+            params, key_of_layer = self.variables["params"][str(layer)], None
+            if key is not None:
+                key_of_layer = jax.random.fold_in(key, layer)
+            elif draws:  # the one that it would have as a submodule
+                key_of_layer = LazyRng.create(self.scope.rngs["dropout"], str(layer))
+            # Gathered while the layer before is computed, and not all layers at once.
+            after = inputs[max(0, layer - 1)] if self.gather else None
+            run = self._one_layer(layer, deterministic)
+            x_BxTxD, probs = run((params, key_of_layer, after, x_BxTxD, *args[:-2]))
             probabilities.append(probs)
         return x_BxTxD, inputs, probabilities
 
-    def _variables_of(self, layer: int, deterministic: bool):
-        """The parameters of a layer, and the randomness that it would have as a submodule."""
-        params = self.variables["params"][str(layer)]
-        if deterministic or not self.has_rng("dropout"):
-            return params, None
-        return params, LazyRng.create(self.scope.rngs["dropout"], str(layer))
+    def _for_training(self):
+        return self.attention_checkpointing, self.keeps_little, self.fused_attention
+
+    def _by_modules(self, for_training, x_BxTxD, args):
+        inputs, probabilities = [], []
+        for layer in range(self.config.n_layer):
+            fields = self.config, layer, self.dtype, self.hf_flax_compat, *for_training
+            inputs.append(x_BxTxD)
+            x_BxTxD, probs = FlaxGPT2Block(*fields, name=str(layer))(x_BxTxD, *args)
+            probabilities.append(probs)
+        return x_BxTxD, inputs, probabilities
+
+    def _one_layer(self, layer: int, deterministic: bool):
+        """A layer as a function of (parameters, key, array to wait for, x, its other arrays)."""
+        fields = self.config, layer, self.dtype, self.hf_flax_compat, *self._for_training()
+        run = functools.partial(self._apply, fields, self.gather, deterministic)
+        if self.gradient_checkpointing:
+            return recomputed(run)
+        return jax.checkpoint(run, policy=all_but_gathered) if self.gather else run
+
+    def _scan(self, key, x_BxTxD, rows, deterministic):
+        def cast(leaf):  # what is gathered is cast then
+            return leaf.astype(self.dtype) if leaf.ndim == 2 and not self.gather else leaf
+
+        n = self.config.n_layer
+        layers = [jax.tree.map(cast, self.variables["params"][str(layer)]) for layer in range(n)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+        run = self._one_layer(0, deterministic)
+
+        def one(states, of_layer):
+            x_BxTxD, before_BxTxD = states
+            after = before_BxTxD if self.gather else None
+            out_BxTxD, _ = run((*of_layer, after, x_BxTxD, *rows))
+            return (out_BxTxD, x_BxTxD), None
+
+        (x_BxTxD, _), _ = jax.lax.scan(one, (x_BxTxD, x_BxTxD), (stacked, keys))
+        return x_BxTxD
 
     @staticmethod
     def _apply(fields, gather, deterministic, inputs):
@@ -593,6 +667,8 @@ class FlaxGPT2Module(nn.Module):
     attention_checkpointing: bool = False
     keeps_little: bool = False
     gather: Callable | None = None
+    fused_attention: str | None = None
+    scanned: bool = False
 
     def setup(self):
         config, compat = self.config, self.hf_flax_compat
@@ -602,7 +678,7 @@ class FlaxGPT2Module(nn.Module):
         self.dropout = Dropout(config.embd_pdrop, compat)
         self.h = FlaxGPT2BlockCollection(
             config, self.dtype, compat, self.gradient_checkpointing, self.attention_checkpointing,
-            self.keeps_little, self.gather,
+            self.keeps_little, self.gather, self.fused_attention, self.scanned,
         )  # fmt: skip
         self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype)
 
@@ -676,12 +752,15 @@ class FlaxGPT2LMHeadModule(nn.Module):
     # array to be computed first or None) -> the same, whole. `apply` then takes a layer in
     # shards, and the rest as `outside_blocks` has it.
     gather: Callable | None = None
+    fused_attention: str | None = None  # FlaxGPT2Attention's `fused`
+    scanned: bool = False  # FlaxGPT2BlockCollection's
 
     def setup(self):
         config = self.config
         self.transformer = FlaxGPT2Module(
             config, self.dtype, self.hf_flax_compat, self.gradient_checkpointing,
-            self.attention_checkpointing, self.keeps_little, self.gather,
+            self.attention_checkpointing, self.keeps_little, self.gather, self.fused_attention,
+            self.scanned,
         )  # fmt: skip
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(
@@ -730,6 +809,19 @@ class FlaxGPT2LMHeadModule(nn.Module):
         """The last layer's states after LayerNorm (B, T, D), without logits."""
         output = self.transformer(input_ids, deterministic=deterministic, row_ids=row_ids)
         return output.last_hidden_state
+
+    def kernels_cast(self, params):
+        """The parameters, of which the layers' matrices are of the type that they are used in.
+
+        Those that are gathered are left alone: what is sent is cast, and summed in float32.
+        """
+        if self.gather is not None:
+            return params
+        transformer = params["transformer"]
+        blocks = jax.tree.map(
+            lambda leaf: leaf.astype(self.dtype) if leaf.ndim == 2 else leaf, transformer["h"]
+        )
+        return params | {"transformer": transformer | {"h": blocks}}
 
     def outside_blocks(self, params):
         """The parameters, gathered but for those of the layers. Unchanged without `gather`."""

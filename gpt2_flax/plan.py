@@ -11,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from gpt2_flax import devices, durations, memory, metrics, optim, parallel, processes, step
+from gpt2_flax import (
+    attention,
+    devices,
+    durations,
+    memory,
+    metrics,
+    optim,
+    parallel,
+    processes,
+    step,
+)
 from gpt2_flax.config import TrainConfig
 from gpt2_flax.data import batches
 from gpt2_flax.errors import UserError, say
@@ -106,6 +116,7 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
 
 
 def make_module(config, model_config) -> FlaxGPT2LMHeadModule:
+    """Raises UserError for an implementation of attention that does not work here."""
     return FlaxGPT2LMHeadModule(
         model_config,
         jnp.dtype(config.dtype),
@@ -114,6 +125,8 @@ def make_module(config, model_config) -> FlaxGPT2LMHeadModule:
         attention_checkpointing=config.remat == "attention",
         # Elsewhere it was not measured.
         keeps_little=devices.platform() == "cpu",
+        fused_attention=attention.choose(config, model_config),
+        scanned=config.scan_layers,
     )
 
 

@@ -63,9 +63,11 @@ def gradient_sums(params, batch, key, model, logits_at_once: int | None = None):
     """(loss, targets, gradient) of a batch of shape (A, B, ...), each summed over all of it."""
     loss_of = functools.partial(loss_sum, logits_at_once=logits_at_once)
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    cast = model.kernels_cast(params)  # once, and not in each micro-batch
 
     def add_micro_batch(sums, micro_batch):
-        (loss, tokens), grads = value_and_grad(params, micro_batch, key, model)
+        (loss, tokens), grads = value_and_grad(cast, micro_batch, key, model)
+        grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
         return jax.tree.map(jnp.add, sums, (loss, tokens, grads)), None
 
     if batch.ids_BxS.shape[0] == 1:

@@ -638,6 +638,8 @@ def describe_text(config, rows, held_out, about: dict) -> str:
 
 def describe_run(run, config, about_text, state, trace) -> None:
     devices = jax.devices()
+    if os.environ.get("XLA_FLAGS"):
+        say(f"XLA_FLAGS: {os.environ['XLA_FLAGS']}")
     say(f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}, {config.dtype}")
     say(f"model: {outcome.describe_model(describe_model(run, state))}")
     say(f"text: {about_text}")

@@ -36,6 +36,8 @@ VALUES = {
     "optimizer": ["adamw", "adafactor", "muon", "lion", "sgd", "adam"],
     "lr_schedule": ["cosine", "linear", "constant", "wsd", "step"],
     "dtype": ["float32", "bfloat16", "float16"],
+    "attention": ["auto", "xla", "cudnn", "flash"],
+    "scan_layers": ["true", "false", "3"],
     "remat": ["none", "block", "attention", "all"],
     "parallel": ["pmap", "jit", "fsdp", "none"],
     "shuffle": ["true", "false", "2"],
