@@ -282,8 +282,9 @@ GROUPS = {
 }
 FIELDS = fields_of(TrainConfig)
 TYPES = typing.get_type_hints(TrainConfig)
-FLAGS_ONLY = ("config", "debug", "show_data", "dry_run", "show_sharding", "topology",
-              "print_config")  # fmt: skip
+FLAGS_ONLY = (
+    "config", "debug", "show_data", "dry_run", "show_sharding", "topology", "print_config",
+)  # fmt: skip
 # Never written to config.yaml: they say how the command is run, not what the run is.
 COMMAND_ONLY = (*FLAGS_ONLY, "resume", "num_processes", "process_id", "coordinator_address")
 # May differ between the sessions of one run: none of them changes what is learned,

@@ -49,6 +49,7 @@ ANOTHER = {
     "encoding_errors": "replace",
     "profile": "1:1",
     "remat": "block",
+    "attention": "xla",
     "batch_size": "auto",
     "max_steps": 1000,
     "warmup_steps": "2000000 tokens",
@@ -62,6 +63,7 @@ COMPANIONS = {
     "document_separator": ["--train_file", "a"],
     "encoding_errors": ["--train_file", "a"],
     "decay_steps": ["--lr_schedule", "wsd"],
+    "topology": ["--dry_run"],
     "process_id": ["--num_processes", "9", "--coordinator_address", "a:1"],
 }
 
@@ -133,14 +135,8 @@ def test_a_flag_sets_its_setting_and_no_other(name, write_yaml):
     assert config == dataclasses.replace(load_config(extra), **{name: value})
 
 
-NO_KEY = (
-    "config",
-    "debug",
-    "show_data",
-    "dry_run",
-    "show_sharding",
-    "print_config",
-)  # what is refused in a file
+# What is refused in a file.
+NO_KEY = ("config", "debug", "show_data", "dry_run", "show_sharding", "topology", "print_config")
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in NO_KEY])
