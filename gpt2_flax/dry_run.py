@@ -218,27 +218,30 @@ def communication_lines(params, config):
 def length_lines(config, rows, tokens, flops, width):
     """Lines on the number of steps, as far as it is known without the text, and their time."""
     if devices.imagined():
-        rate, whose = devices.count() * (metrics.peak_flops(device_kind()) or math.nan), "peak"
+        peak = metrics.peak_flops(device_kind())
+        rate, whose = devices.count() * (peak or math.nan), "peak"
     else:
         rate = product_flops(width, jnp.dtype(config.dtype), min(MOST_ROWS, tokens))
         whose = "a product of matrices here"
     seconds = flops / rate
-    yield (
-        f"time: at least {seconds:.3g} s a step, {tokens / seconds:,.0f} tokens/s, at the"
-        f" {rate / 1e12:.3g} TFLOP/s of {whose}, on all devices together"
-    )
+    if math.isnan(rate):
+        yield f"time: not known, as the peak of a {device_kind()} is not"
+    else:
+        yield (
+            f"time: at least {seconds:.3g} s a step, {tokens / seconds:,.0f} tokens/s, at the"
+            f" {rate / 1e12:.3g} TFLOP/s of {whose}, on all devices together"
+        )
     amount, unit = durations.split(config.max_steps)
     if not config.max_steps:
         plural = "" if config.epochs == 1 else "s"
         yield f"steps: as many as {config.epochs:g} epoch{plural} of the text come to"
     elif unit == "seconds":
-        yield f"steps: at most {amount / seconds:,.0f} in {config.max_steps}"
+        most = "as many as fit" if math.isnan(seconds) else f"at most {amount / seconds:,.0f}"
+        yield f"steps: {most} in {config.max_steps}"
     else:
         n_steps = durations.in_steps(config.max_steps, rows, config.block_size, None)
-        yield (
-            f"steps: {n_steps:,}, {n_steps * tokens:,} tokens; at least"
-            f" {words_for(n_steps * seconds)}"
-        )
+        least = "" if math.isnan(seconds) else f"; at least {words_for(n_steps * seconds)}"
+        yield f"steps: {n_steps:,}, {n_steps * tokens:,} tokens{least}"
 
 
 def words_for(seconds: float) -> str:
