@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gpt2_flax import devices
+from gpt2_flax import devices, processes
 from gpt2_flax.errors import UserError, say
 
 CUDNN_WIDTHS = 8, 128  # of a head: a multiple of the one, and at most the other
@@ -19,7 +19,9 @@ def choose(config, model_config) -> str | None:
     """
     if config.attention == "xla":
         return None
-    why_not = why_not_cudnn(config, model_config)
+    # All processes take the same.
+    reasons = processes.gather(why_not_cudnn(config, model_config))
+    why_not = next(filter(None, reasons), None)
     if why_not is None:
         return "cudnn"
     is_expected = devices.platform() != "gpu" or config.dtype != "bfloat16" or config.dropout

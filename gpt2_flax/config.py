@@ -177,7 +177,8 @@ class TrainConfig:
     scan_layers: bool = setting(
         False,
         "compile one layer and run it n_layers times: the program is compiled in much less time,"
-        " and may be slower; the parameters, and what is learned, stay the same",
+        " and may be slower, with a second copy of the layers' parameters during a step; what is"
+        " learned stays the same (no effect with scale_attn_by_inverse_layer_idx)",
     )
     logits_at_once: int = setting(
         0,

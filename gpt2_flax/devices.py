@@ -49,8 +49,12 @@ def imagine(topology: str) -> None:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    # Two cores of a chip are one device to JAX, where the chip has two.
+    whole_chips = {"chip_config_name": "megacore"} if topology.startswith(("v4", "v5p")) else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **whole_chips
+        ).devices
     except Exception as error:  # whatever the plugin raises
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]
         raise UserError(

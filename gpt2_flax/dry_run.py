@@ -1,6 +1,6 @@
 """What a run would take, from its compiled step: --dry_run and --show_sharding.
 
-No text is read and nothing is trained; no array of the model is ever made.
+No text is read and nothing is trained; no array of a model from random weights is ever made.
 """
 
 import itertools
@@ -100,7 +100,7 @@ def sharding_lines(state: step.TrainState, engine: str):
     for name, tree in (("parameters", state.params), ("with the optimizer", state)):
         yield (
             f"{name}: {size(bytes_of(tree))},"
-            f" {size(bytes_there(tree, engine))} on each of {n_devices} devices"
+            f" {size(parallel.bytes_there(tree, engine))} on each of {n_devices} devices"
         )
 
 
@@ -118,14 +118,6 @@ def times(shape) -> str:
 
 def bytes_of(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def bytes_there(tree, engine: str) -> int:
-    """Bytes of a state on one device."""
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(parallel.shapes_on_devices(tree, engine))
-    )
 
 
 # ---------------------------------------------------------------- what the run takes
@@ -177,7 +169,7 @@ def too_large(config) -> str:
 
 
 def memory_lines(compiled, state, config):
-    n_bytes, there = memory.step_bytes(compiled), bytes_there(state, config.parallel)
+    n_bytes, there = memory.step_bytes(compiled), parallel.bytes_there(state, config.parallel)
     yield (
         f"memory of a device: {size(n_bytes)} by the compiled program's plan:"
         f" {size(there)} of parameters and optimizer,"
@@ -252,7 +244,11 @@ def words_for(seconds: float) -> str:
 
 
 def product_flops(width: int, dtype, rows: int) -> float:
-    """FLOP/s of (rows, D) x (D, 4 D) on all devices of this run together, as the MLP has it."""
+    """FLOP/s of (rows, D) x (D, 4 D) on all devices of this run together, as the MLP has it.
+
+    D is 512 at least: the less there is to do, the slower it is done.
+    """
+    width = max(512, width)
     mesh = parallel.local_mesh()
     spec = jax.sharding.PartitionSpec(parallel.AXIS)
     local = jax.local_device_count()

@@ -257,9 +257,11 @@ def random_bits(key, row_ids_B, shape: tuple[int, ...]) -> Array:
     enough to be computed where it is used, in both passes, instead of being kept. The mixing is
     Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/), twice.
     """
-    words_Bx2 = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (2,)))(
-        row_ids_B
-    )
+
+    def words(row):
+        return jax.random.bits(jax.random.fold_in(key, row), (2,), jnp.uint32)
+
+    words_Bx2 = jax.vmap(words)(row_ids_B)
     first, second = (words_Bx2[:, n].reshape(-1, *[1] * len(shape)) for n in range(2))
     place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(1, *shape)
     return _mixed(_mixed(place ^ first) + second)
@@ -554,7 +556,8 @@ class FlaxGPT2BlockCollection(nn.Module):
             return self._by_modules((), x_BxTxD, args)
         draws = not deterministic and self.has_rng("dropout")
         key = self.make_rng("dropout") if draws and not self.hf_flax_compat else None
-        if self.scanned and not self.config.scale_attn_by_inverse_layer_idx:
+        layers_differ = self.config.scale_attn_by_inverse_layer_idx
+        if self.scanned and not layers_differ and not (draws and self.hf_flax_compat):
             return self._scan(key, x_BxTxD, args[:-2], deterministic), [], []
         if key is None and not (self.gradient_checkpointing or self.gather):
             return self._by_modules(self._for_training(), x_BxTxD, args)

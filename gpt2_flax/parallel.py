@@ -6,6 +6,7 @@ back arrays that know of their own process's devices alone; `of_all_processes` p
 """
 
 import functools
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -87,13 +88,25 @@ def whole(tree):
     All processes must ask.
     """
 
+    gather = jax.jit(lambda x: x, out_shardings=replicated())
+
     def of_one(x):
+        if isinstance(x, np.ndarray):
+            return x
         if x.is_fully_replicated:
             return x.addressable_data(0)
         # Leaf by leaf, so that no device holds more than one of them whole.
-        return np.asarray(jax.jit(lambda x: x, out_shardings=replicated())(x).addressable_data(0))
+        return np.asarray(gather(x).addressable_data(0))
 
     return jax.tree.map(of_one, tree)
+
+
+def bytes_there(tree, engine: str) -> int:
+    """Bytes of a state on one device."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(shapes_on_devices(tree, engine))
+    )
 
 
 def copies_as(tree, sharding: NamedSharding):

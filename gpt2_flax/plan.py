@@ -359,8 +359,8 @@ def describe_memory(run, config) -> str:
     if run is not None:
         rows = run.eval_batch // devices.count()
         make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
-        state = jax.tree.leaves(jax.eval_shape(make, jax.random.key(0)))
-        n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+        state = jax.eval_shape(make, jax.random.key(0))
+        n_bytes = parallel.bytes_there(state, run.engine)
         beside = f" beside {memory.gigabytes(n_bytes)} of parameters and optimizer,"
     return (
         f"{rows} rows of {config.block_size} tokens at a time,{beside} on a"
@@ -371,6 +371,10 @@ def describe_memory(run, config) -> str:
 def remedy_for_memory(config) -> str:
     remedies = ["a smaller --batch_size with as much more --grad_accum (the same step)"]
     remedies += ["--remat block"] if config.remat != "block" else []
+    if config.parallel == "fsdp":  # samples are made on one device
+        remedies += ["--sample_tokens 0"] if config.sample_tokens else []
+    elif devices.count() > 1:
+        remedies += ["--parallel fsdp"]
     remedies += ["--dtype bfloat16 in a new run"] if config.dtype == "float32" else []
     remedies += ["--optimizer adafactor in a new run"] if config.optimizer != "adafactor" else []
     return "use " + ", or ".join(remedies[:3])

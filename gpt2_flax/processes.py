@@ -35,6 +35,9 @@ SILENT_SECONDS = 30  # without one, for a process that waits meanwhile
 FAREWELL_SECONDS = 3  # for the others to read why a process ends, before it takes JAX's with it
 
 
+_handlers: list = []  # of C's signals, which must outlive all that uses them
+
+
 def several() -> bool:
     return jax.process_count() > 1
 
@@ -313,10 +316,11 @@ class Watch:
         With it goes the service of JAX's runtime, which then aborts this process from a thread
         in which no handler of Python's `signal` runs: this one is C's.
         """
-        self.aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self.look_at_first())
+        aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self.look_at_first())
+        _handlers.append(aborted)  # for as long as the process lives
         handle = ctypes.CDLL(None).signal
         handle.argtypes, handle.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-        handle(signal.SIGABRT, ctypes.cast(self.aborted, ctypes.c_void_p))
+        handle(signal.SIGABRT, ctypes.cast(aborted, ctypes.c_void_p))
 
     def look_at_first(self) -> None:
         """End this process if process 0 shows no sign of life; else return, and it aborts."""

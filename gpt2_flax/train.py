@@ -66,6 +66,8 @@ def train(config: TrainConfig) -> int:
     output_dir = pathlib.Path(config.output_dir)
     if config.show_data:
         return show_data(config)
+    if config.topology:  # before JAX looks for devices that are there
+        return dry_run.dry_run(config)
 
     # ------------------------------------------------------------ check
     with contextlib.ExitStack() as cleanup:
@@ -151,9 +153,9 @@ def train(config: TrainConfig) -> int:
         # -------------------------------------------------------- finish
         stop.phase = stopping.FINISHING
         with processes.together():
-            logs.sample(int(state.step), state.params)
             params = parallel.whole(state.params)
             if processes.is_first():
+                logs.sample(int(state.step), params)
                 finish(run, params, tokenizer, output_dir, logs)
                 logs.close()  # before the summary, since Weights & Biases prints one of its own
                 look_back(run, config, state, about_text, logs, checkpoints)

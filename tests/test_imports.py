@@ -51,3 +51,5 @@ def test_no_script_imports_pytorch(script, argv):
     )
     done = run(program)
     assert done.stderr.endswith("False\n"), done.stderr
+    assert "Traceback" not in done.stderr and "PyTorch" not in done.stderr, done.stderr
+    assert done.returncode == (0 if script == "train" else 2)

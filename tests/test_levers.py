@@ -80,6 +80,12 @@ def test_layers_that_differ_are_not_scanned(tiny_config):
     assert_alike(loss_and_gradient(config, scanned=True), loss_and_gradient(config))
 
 
+def test_masks_of_the_original_class_are_not_scanned(tiny_config):
+    config, key = tiny_config(**DROPOUT), jax.random.key(5)
+    expected = loss_and_gradient(config, key=key, hf_flax_compat=True)
+    assert_alike(loss_and_gradient(config, key=key, hf_flax_compat=True, scanned=True), expected)
+
+
 def test_a_scan_gathers_shards_layer_by_layer(tiny_config, monkeypatch):
     monkeypatch.setattr(fsdp, "LEAST", 64)
     config = tiny_config(n_embd=24, n_layer=3, **DROPOUT)
@@ -198,6 +204,14 @@ def test_random_bits_are_evenly_spread_and_independent():
     chi2 = ((counts - n / 256) ** 2 / (n / 256)).sum()
     assert abs(chi2 - 255) < 5 * np.sqrt(2 * 255)
     assert len(np.unique(one)) > n - 2 * n**2 / 2**33  # repeats as chance has them
+
+
+def test_random_bits_are_32_where_jax_counts_in_64():
+    expected = model.random_bits(jax.random.key(0), jnp.arange(2), (50,))
+    with jax.enable_x64(True):
+        got = model.random_bits(jax.random.key(0), jnp.arange(2), (50,))
+        assert got.dtype == jnp.uint32
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_random_bits_follow_the_row():

@@ -112,9 +112,13 @@ def test_a_dry_run_for_devices_that_are_not_there(capsys):
         assert "pip install libtpu" in capsys.readouterr().err
         return
     command = [sys.executable, "scripts/train.py", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    bare = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=bare)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    v4 = [*command[:-2], "--topology=v4:2x2x2", "--show_sharding"]
+    done_v4 = subprocess.run(v4, cwd=ROOT, capture_output=True, text=True, env=bare)
+    assert "on each of 8 devices" in done_v4.stdout, done_v4.stderr
     assert "(devices 4 x rows 8 x accumulated 1), --parallel fsdp" in done.stdout
     assert "4 x TPU v5 lite" in done.stdout
     command[-1] = "--batch_size=100000"
