@@ -356,11 +356,11 @@ def test_a_signal_during_a_collection_of_garbage_is_not_lost(number, code, capsy
             time.sleep(0)  # here Python runs the signal's handler
 
     def main(argv):
+        gc.callbacks.append(callback)  # not before: Python collects when it pleases
         gc.collect()
         assert begun == ["start"]  # and what the handler raised was dropped
         time.sleep(10)
 
-    gc.callbacks.append(callback)
     before = sys.unraisablehook
     try:
         assert run_main(main, []) == code

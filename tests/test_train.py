@@ -19,6 +19,7 @@ from gpt2_flax import (
     FlaxGPT2LMHeadModel,
     checkpoint,
     convert,
+    devices,
     head_loss,
     memory,
     metrics,
@@ -519,7 +520,7 @@ def test_devices_that_cannot_make_up_a_run_s_steps_are_told_with_auto_as_well(
     run, tmp_path, monkeypatch
 ):
     assert run(tmp_path, "--max_steps", "2") == 0  # 8 rows a step
-    monkeypatch.setattr(jax, "device_count", lambda: 16)
+    monkeypatch.setattr(devices, "count", lambda: 16)
     with pytest.raises(UserError, match=r"steps have 8 rows; 16 devices x batch_size 1 cannot"):
         run(tmp_path, "--max_steps", "4", "--batch_size", "auto")
 
@@ -538,7 +539,7 @@ def test_running_out_of_memory_ends_with_the_sizes_and_remedies(run, tmp_path, m
     assert re.fullmatch(
         r"out of memory: 1 rows of 16 tokens at a time, beside 0.00 GB of parameters and"
         r" optimizer, on a cpu that has \d+\.\d\d GB\n  use a smaller --batch_size .*, or"
-        r" --remat block, or --dtype bfloat16 in a new run",
+        r" --remat block, or --parallel fsdp",  # there are eight devices
         str(caught.value),
     )
     assert caught.value.exit_code == 2
