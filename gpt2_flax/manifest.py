@@ -5,11 +5,13 @@ disk, before the directory gets its final name: a checkpoint has it or is none.
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import json
 import os
 import pathlib
 import stat
+import time
 
 import xxhash
 
@@ -21,6 +23,7 @@ CHUNK_BYTES = 1 << 26  # hashed by one thread at a time
 # depends on: it is compared without that. The second holds a sentence and is never read.
 STEP_METADATA, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
 WRITTEN_LATER = "commit_timestamp_nsecs"
+PATIENCE = 60.0  # seconds that Orbax's thread may take to write the first of them
 
 
 class DamagedError(Exception):
@@ -29,6 +32,7 @@ class DamagedError(Exception):
 
 def write(directory: pathlib.Path, step: int) -> None:
     """Describe the files of a checkpoint and flush all of it to the disk."""
+    await_step_metadata(directory)
     names = [name for name in list_files(directory) if name not in (STEP_METADATA, COMMITTED)]
     body = {
         "version": VERSION,
@@ -136,6 +140,20 @@ def read_json(path: pathlib.Path):
 
 def digest_of(body) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+
+
+def await_step_metadata(directory: pathlib.Path) -> None:
+    """Return when Orbax's own thread has written what a step consists of, which it does last.
+
+    It writes over the file that it began the step with: in between that is empty.
+    """
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError, ValueError):
+            if read_json(directory / STEP_METADATA).get("item_handlers"):
+                return
+        time.sleep(0.01)
+    raise TimeoutError(f"{STEP_METADATA} was not written within {PATIENCE:.0f} s")
 
 
 def step_metadata(directory: pathlib.Path) -> str:

@@ -1,6 +1,8 @@
 """What is saved comes back bitwise, and what cannot be read is set aside."""
 
+import pathlib
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -180,3 +182,22 @@ def test_parameters_are_read_alone_from_any_way_to_name_a_checkpoint(store, tmp_
         checkpoint.locate(run / "checkpoints" / "3", 12)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         checkpoint.locate(tmp_path / "elsewhere", None)
+
+
+def test_a_step_is_sealed_only_when_orbax_has_said_what_it_consists_of(store, monkeypatch):
+    """Its thread writes that over a first file, which is empty for a moment: here, for long."""
+    from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
+
+    write = orbax_metadata._MetadataStoreImpl.write
+
+    def slowly(self, file_path, metadata):
+        pathlib.Path(file_path).write_text("")
+        time.sleep(0.3)
+        write(self, file_path, metadata)
+
+    monkeypatch.setattr(orbax_metadata._MetadataStoreImpl, "write", slowly)
+    opened = store()
+    opened.save(5, make_state(5), {}, None)
+    opened.wait()
+    state, _ = store().restore_latest(like(make_state(5)))
+    assert_same(state, make_state(5))
