@@ -16,6 +16,7 @@ import numpy as np
 
 from gpt2_flax.errors import UserError
 from gpt2_flax.imports import leave_out_torch
+from gpt2_flax.xla_flags import set_defaults
 
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP, BETAS = 6e-4, 0.1, 1.0, (0.9, 0.95)
 
@@ -79,6 +80,7 @@ def build(settings: dict):
     """(state, compiled step, batches on the device) of the step that train.py runs."""
     if __name__ == "__main__":  # as train.py does
         leave_out_torch()
+        set_defaults()
     import jax
 
     from gpt2_flax import memory, parallel, plan

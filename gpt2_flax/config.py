@@ -47,9 +47,10 @@ class TrainConfig:
         0, "rows of the embedding table, at least the tokenizer's tokens; 0: as many as those"
     )
     pad_vocab_to_multiple_of: int = setting(
-        1,
-        "compute logits as if for a multiple of so many ids, which some devices do faster (128);"
-        " ids beyond vocab_size are never predicted, and no parameter is added",
+        0,
+        "compute logits as if for a multiple of so many ids; those beyond vocab_size are never"
+        " predicted, and no parameter is added; 0: 128 on GPUs and TPUs, which compute them"
+        " faster, else 1",
     )
     dropout: float = setting(0.1, "rate for embeddings, attention and residual branches")
     init_from: str = setting(
@@ -169,10 +170,15 @@ class TrainConfig:
         "what the backward pass computes again instead of keeping it in memory: whole blocks,"
         " or attention's scores alone",
     )
-    attention: Literal["auto", "xla", "cudnn"] = setting(
+    attention: Literal["auto", "xla", "flash", "cudnn"] = setting(
         "auto",
-        "how attention is computed; cudnn: NVIDIA's fused kernel, for bfloat16 and dropout 0;"
-        " auto: that one where it works, else xla",
+        "how attention is computed; flash: a fused kernel for NVIDIA GPUs and bfloat16; cudnn:"
+        " NVIDIA's own, for dropout 0; auto: flash where it works, then cudnn, else xla",
+    )
+    kernels: Literal["auto", "xla", "pallas"] = setting(
+        "auto",
+        "how LayerNorm's gradient and the loss are computed; pallas: by kernels for NVIDIA GPUs;"
+        " auto: by those where they work, for bfloat16, else by xla",
     )
     scan_layers: bool = setting(
         False,
@@ -296,7 +302,7 @@ FREE_ON_RESUME = {
     "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
     "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger", "profile", "remat",
     "max_bad_steps", "replica_check_every", "step_timeout", "compilation_cache",
-    "logits_at_once", "attention", "scan_layers",
+    "logits_at_once", "attention", "kernels", "scan_layers",
 }  # fmt: skip
 
 
@@ -372,13 +378,12 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
         doubtful.update(wrong)
 
     at_least_1 = ("n_layers", "n_heads", "n_embd", "n_positions", "block_size", "batch_size",
-                  "grad_accum", "log_every", "keep", "shuffle_window",
-                  "pad_vocab_to_multiple_of")  # fmt: skip
+                  "grad_accum", "log_every", "keep", "shuffle_window")  # fmt: skip
     at_least_0 = ("max_steps", "eval_every", "eval_rows", "save_every", "sample_tokens",
                   "weight_decay", "grad_clip", "warmup_steps", "min_learning_rate",
                   "vocab_size", "tokenize_processes", "show_data", "decay_steps",
                   "max_bad_steps", "replica_check_every", "num_processes", "process_id",
-                  "step_timeout", "logits_at_once")  # fmt: skip
+                  "step_timeout", "logits_at_once", "pad_vocab_to_multiple_of")  # fmt: skip
     above_0 = ("learning_rate", "epochs", "adam_epsilon")
     shares = ("dropout", "beta1", "beta2", "validation_share")
     require_each(at_least_1, lambda value: value >= 1, "at least 1")
@@ -437,6 +442,12 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
         c.init_from or c.sample_tokens < c.n_positions,
         f"sample_tokens {c.sample_tokens} does not fit into n_positions {c.n_positions}\n"
         "  lower sample_tokens; 0 for no sample",
+    )
+    require(
+        {"attention", "dtype"},
+        c.attention != "flash" or c.dtype == "bfloat16",
+        f"attention flash needs dtype bfloat16, got {c.dtype}\n"
+        "  change that, or leave it to --attention auto",
     )
     require(
         {"attention", "dtype", "dropout"},

@@ -21,7 +21,10 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import LazyRng
 
+from gpt2_flax import devices, flash_attention
 from gpt2_flax.config import MAX_LAYERS
+from gpt2_flax.dropout import Dropout
+from gpt2_flax.layer_norm import LayerNorm
 from gpt2_flax.outputs import (
     FlaxBaseModelOutputWithPastAndCrossAttentions,
     FlaxCausalLMOutputWithCrossAttentions,
@@ -81,6 +84,11 @@ ACTIVATIONS = {
 }
 
 
+def _in_float32(function, x):
+    """Rounded to x's type once, and not after each of its operations."""
+    return function(x.astype(jnp.float32)).astype(x.dtype)
+
+
 def check_config(config) -> None:
     """Raise ValueError for a GPT2Config that names no model; transformers 5 accepts such."""
     for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
@@ -111,36 +119,6 @@ def check_config(config) -> None:
         )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def layer_norm(x_BxTxD: Array, scale_1x1xD: Array, bias_1x1xD: Array, epsilon: float) -> Array:
-    """LayerNorm over the last axis, computed in float32, returned in x's type.
-
-    Its derivative is given in closed form, instead of autodiff of the mean and
-    the variance. What that gains was measured once: docs/lab_notes.md.
-    """
-    normed, _ = _normalize(x_BxTxD, epsilon)
-    return (normed * scale_1x1xD + bias_1x1xD).astype(x_BxTxD.dtype)
-
-
-def _normalize(x, epsilon):
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    inverse_std = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
-    return centred * inverse_std, inverse_std
-
-
-@layer_norm.defjvp
-def _layer_norm_jvp(epsilon, primals, tangents):
-    x, scale, bias = primals
-    dx, dscale, dbias = tangents
-    normed, inverse_std = _normalize(x, epsilon)
-    out = (normed * scale + bias).astype(x.dtype)
-    dx = dx.astype(jnp.float32)
-    dnormed = dx - dx.mean(-1, keepdims=True) - normed * (normed * dx).mean(-1, keepdims=True)
-    dout = dnormed * inverse_std * scale + normed * dscale + dbias
-    return out, dout.astype(x.dtype)
-
-
 @jax.custom_jvp
 def softmax(scores: Array) -> Array:
     """Softmax over the last axis.
@@ -158,29 +136,6 @@ def _softmax_jvp(primals, tangents):
     probs = softmax(scores)
     weighted = probs * dscores
     return probs, weighted - probs * weighted.sum(-1, keepdims=True)
-
-
-class LayerNorm(nn.Module):
-    epsilon: float
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x_BxTxD, as_function: bool = False):
-        """The normed x; as_function: (function, arrays) with which x gives it."""
-        width = x_BxTxD.shape[-1]
-        scale_D = self.param("scale", nn.initializers.ones, (width,))
-        bias_D = self.param("bias", nn.initializers.zeros, (width,))
-        scale_1x1xD, bias_1x1xD = (
-            leaf.astype(jnp.float32).reshape(1, 1, -1) for leaf in (scale_D, bias_D)
-        )
-        function = functools.partial(_layer_norm_as, self.epsilon, self.dtype)
-        if as_function:
-            return function, (scale_1x1xD, bias_1x1xD)
-        return function(x_BxTxD, scale_1x1xD, bias_1x1xD)
-
-
-def _layer_norm_as(epsilon, dtype, x_BxTxD, scale_1x1xD, bias_1x1xD):
-    return layer_norm(x_BxTxD, scale_1x1xD, bias_1x1xD, epsilon).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -250,62 +205,15 @@ def initial_std(config, hf_flax_compat: bool, residual: bool = False) -> float:
     return config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1.0)
 
 
-def random_bits(key, row_ids_B, shape: tuple[int, ...]) -> Array:
-    """uint32 (B, *shape), a function of key, row id and place.
-
-    A hash of the place, seeded by two words that JAX's own generator makes for each row: cheap
-    enough to be computed where it is used, in both passes, instead of being kept. The mixing is
-    Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/), twice.
-    """
-
-    def words(row):
-        return jax.random.bits(jax.random.fold_in(key, row), (2,), jnp.uint32)
-
-    words_Bx2 = jax.vmap(words)(row_ids_B)
-    first, second = (words_Bx2[:, n].reshape(-1, *[1] * len(shape)) for n in range(2))
-    place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(1, *shape)
-    return _mixed(_mixed(place ^ first) + second)
-
-
-def _mixed(x: Array) -> Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-class Dropout(nn.Module):
-    """Dropout whose mask is a function of (key, module, row id) alone.
-
-    A row therefore meets the same mask on whatever device, and in whatever micro-batch, it is.
-    With `hf_flax_compat` the mask is drawn for the whole batch at once, as linen's Dropout does.
-    """
-
-    rate: float
-    hf_flax_compat: bool = False
-
-    @nn.compact
-    def __call__(self, x, row_ids_B, deterministic):
-        if deterministic or self.rate == 0.0:
-            return x
-        if self.rate == 1.0:
-            return jnp.zeros_like(x)
-        key, keep_rate = self.make_rng("dropout"), 1.0 - self.rate
-        if self.hf_flax_compat:
-            keep = jax.random.bernoulli(key, keep_rate, x.shape)
-        else:
-            below = jnp.uint32(min(round(keep_rate * 2**32), 2**32 - 1))
-            keep = random_bits(key, row_ids_B, x.shape[1:]) < below
-        return jnp.where(keep, x / keep_rate, jnp.zeros_like(x))
-
-
 class FlaxGPT2Attention(nn.Module):
     """Attention of x to itself, causal and cached, or to the states of an encoder.
 
     Returns (B, T, D) and the probabilities (B, H, T, K), after dropout. With `checkpointing`
     the probabilities are computed again in the backward pass; not under hf_flax_compat.
 
-    fused: implementation of jax.nn.dot_product_attention ("cudnn") for training on whole rows
-    without dropout of probabilities, which then do not exist: None is returned in their place.
+    fused: for training on whole rows, without probabilities, in whose place None is returned:
+    "flash" for flash_attention.py, or an implementation of jax.nn.dot_product_attention
+    ("cudnn"), which drops none.
     """
 
     config: Any
@@ -321,6 +229,9 @@ class FlaxGPT2Attention(nn.Module):
         self, x_BxTxD, source_BxKxD, mask_BxK, row_ids_B, deterministic, init_cache, before=None
     ):
         T = x_BxTxD.shape[1]
+        if self.fused == "flash" and mask_BxK is None:
+            mixed_BxTxHxC = self._flash(x_BxTxD, row_ids_B, deterministic, before)
+            return self._merge(mixed_BxTxHxC, row_ids_B, deterministic), None
         q_BxTxHxC, k_BxKxHxC, v_BxKxHxC = self._project(x_BxTxD, source_BxKxD, before)
         if self.fused and mask_BxK is None:
             mixed_BxTxHxC = jax.nn.dot_product_attention(
@@ -346,6 +257,19 @@ class FlaxGPT2Attention(nn.Module):
             q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic
         )
         return self._merge(mixed_BxTxHxC, row_ids_B, deterministic), probs_BxHxTxK
+
+    def _flash(self, x_BxTxD, row_ids_B, deterministic, before):
+        """The heads' mixed values (B, T, H, C), from the one product that gives q, k and v."""
+        (B, T, D), H, rate = x_BxTxD.shape, self.config.n_head, self.config.attn_pdrop
+        std = initial_std(self.config, self.hf_flax_compat)
+        qkv_BxTx3D = FlaxConv1D(3 * D, std, self.dtype, name="c_attn")(x_BxTxD, before)
+        words = None
+        if not deterministic and rate:
+            words = Dropout(rate, name="attn_dropout").words(row_ids_B, (H, T, T))
+        return flash_attention.flash_attention(
+            qkv_BxTx3D.reshape(B, T, 3, H, D // H), words, self._scale(), rate if words else 0.0,
+            devices.platform() != "gpu",
+        )  # fmt: skip
 
     def _merge(self, mixed_BxTxHxC, row_ids_B, deterministic):
         """The heads' mixed values as the branch's output (B, T, D)."""
@@ -466,6 +390,8 @@ class FlaxGPT2MLP(nn.Module):
 
     def __call__(self, x_BxTxD, row_ids_B, deterministic, before=None):
         activation = ACTIVATIONS[self.config.activation_function]
+        if not self.hf_flax_compat:
+            activation = functools.partial(_in_float32, activation)
         hidden_BxTxI = self.c_fc(x_BxTxD, before)
         if self.keeps_little:
             out_BxTxD = self.c_proj(hidden_BxTxI, (activation, ()))
@@ -484,46 +410,47 @@ class FlaxGPT2Block(nn.Module):
     attention_checkpointing: bool = False
     keeps_little: bool = False
     fused_attention: str | None = None
+    kernels: bool = False  # LayerNorm's
 
     def setup(self):
         epsilon, compat = self.config.layer_norm_epsilon, self.hf_flax_compat
-        self.ln_1 = LayerNorm(epsilon, self.dtype)
+        self.ln_1 = LayerNorm(epsilon, self.dtype, self.kernels)
         self.attn = FlaxGPT2Attention(
             self.config, self.layer, self.dtype, False, compat, self.attention_checkpointing,
             self.fused_attention,
         )  # fmt: skip
         if self.config.add_cross_attention:
-            self.ln_cross_attn = LayerNorm(epsilon, self.dtype)
+            self.ln_cross_attn = LayerNorm(epsilon, self.dtype, self.kernels)
             self.crossattention = FlaxGPT2Attention(
                 self.config, self.layer, self.dtype, True, compat
             )
-        self.ln_2 = LayerNorm(epsilon, self.dtype)
+        self.ln_2 = LayerNorm(epsilon, self.dtype, self.kernels)
         self.mlp = FlaxGPT2MLP(self.config, self.dtype, compat, self.keeps_little)
 
     def __call__(
         self, x_BxTxD, mask_BxK, encoder_BxKxD, encoder_mask_BxK, row_ids_B, deterministic,
         init_cache,
     ):  # fmt: skip
-        normed, before = self._normed(self.ln_1, x_BxTxD)
+        x_BxTxD, normed, before = self._normed(self.ln_1, x_BxTxD)
         mixed, probs = self.attn(
             normed, None, mask_BxK, row_ids_B, deterministic, init_cache, before
         )
         x_BxTxD, probabilities = x_BxTxD + mixed, (probs,)
         if encoder_BxKxD is not None:
+            x_BxTxD, normed = self.ln_cross_attn(x_BxTxD)
             mixed, probs = self.crossattention(
-                self.ln_cross_attn(x_BxTxD), encoder_BxKxD, encoder_mask_BxK, row_ids_B,
-                deterministic, False,
-            )  # fmt: skip
+                normed, encoder_BxKxD, encoder_mask_BxK, row_ids_B, deterministic, False
+            )
             x_BxTxD, probabilities = x_BxTxD + mixed, (*probabilities, probs)
-        normed, before = self._normed(self.ln_2, x_BxTxD)
+        x_BxTxD, normed, before = self._normed(self.ln_2, x_BxTxD)
         x_BxTxD = x_BxTxD + self.mlp(normed, row_ids_B, deterministic, before)
         return x_BxTxD, probabilities
 
     def _normed(self, layer_norm, x_BxTxD):
-        """(normed x, None), or (x, how it is normed) for a product that keeps x alone."""
+        """(x, normed x, None), or (x, x, how it is normed) for a product that keeps x alone."""
         if self.keeps_little:
-            return x_BxTxD, layer_norm(x_BxTxD, as_function=True)
-        return layer_norm(x_BxTxD), None
+            return x_BxTxD, x_BxTxD, layer_norm(x_BxTxD, as_function=True)
+        return *layer_norm(x_BxTxD), None
 
 
 class FlaxGPT2BlockCollection(nn.Module):
@@ -535,8 +462,8 @@ class FlaxGPT2BlockCollection(nn.Module):
     computes again what costs next to nothing: LayerNorm and the activation.
 
     gather: FlaxGPT2LMHeadModule's; a layer's parameters are whole only while it is computed.
-    fused_attention: FlaxGPT2Attention's `fused`. scanned: one layer is compiled, and run n_layer
-    times; inputs and probabilities are then not returned.
+    fused_attention: FlaxGPT2Attention's `fused`. kernels: LayerNorm's. scanned: one layer is
+    compiled, and run n_layer times; inputs and probabilities are then not returned.
     """
 
     config: Any
@@ -547,6 +474,7 @@ class FlaxGPT2BlockCollection(nn.Module):
     keeps_little: bool = False
     gather: Callable | None = None
     fused_attention: str | None = None
+    kernels: bool = False
     scanned: bool = False
 
     @nn.compact
@@ -577,7 +505,10 @@ class FlaxGPT2BlockCollection(nn.Module):
         return x_BxTxD, inputs, probabilities
 
     def _for_training(self):
-        return self.attention_checkpointing, self.keeps_little, self.fused_attention
+        return (
+            self.attention_checkpointing, self.keeps_little, self.fused_attention,
+            self.kernels,
+        )  # fmt: skip
 
     def _by_modules(self, for_training, x_BxTxD, args):
         inputs, probabilities = [], []
@@ -671,6 +602,7 @@ class FlaxGPT2Module(nn.Module):
     keeps_little: bool = False
     gather: Callable | None = None
     fused_attention: str | None = None
+    kernels: bool = False
     scanned: bool = False
 
     def setup(self):
@@ -681,9 +613,9 @@ class FlaxGPT2Module(nn.Module):
         self.dropout = Dropout(config.embd_pdrop, compat)
         self.h = FlaxGPT2BlockCollection(
             config, self.dtype, compat, self.gradient_checkpointing, self.attention_checkpointing,
-            self.keeps_little, self.gather, self.fused_attention, self.scanned,
+            self.keeps_little, self.gather, self.fused_attention, self.kernels, self.scanned,
         )  # fmt: skip
-        self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype)
+        self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype, self.kernels)
 
     def __call__(
         self,
@@ -699,27 +631,24 @@ class FlaxGPT2Module(nn.Module):
         return_dict: bool = True,
         row_ids=None,
     ):
-        B, T = input_ids.shape
-        if position_ids is None:
-            position_ids = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
         if row_ids is None:
-            row_ids = jnp.arange(B)
+            row_ids = jnp.arange(len(input_ids))
         if self.config.add_cross_attention and self.is_initializing():
             # Without it the parameters of cross-attention would not be made.
-            encoder_hidden_states = jnp.zeros((B, 1, self.config.n_embd))
+            encoder_hidden_states = jnp.zeros((len(input_ids), 1, self.config.n_embd))
             encoder_attention_mask = None
         elif encoder_hidden_states is not None and not self.config.add_cross_attention:
             raise ValueError(
                 "encoder_hidden_states were given to a model without cross-attention;"
                 " build it with add_cross_attention=True in its configuration"
             )
-        x_BxTxD = self.wte(input_ids) + self.wpe(position_ids)
+        x_BxTxD = self._embedded(input_ids, position_ids)
         x_BxTxD = self.dropout(x_BxTxD, row_ids, deterministic)
         x_BxTxD, inputs, probabilities = self.h(
             x_BxTxD, attention_mask, encoder_hidden_states, encoder_attention_mask, row_ids,
             deterministic, init_cache,
         )  # fmt: skip
-        x_BxTxD = self.ln_f(x_BxTxD)
+        _, x_BxTxD = self.ln_f(x_BxTxD)
 
         crosses = output_attentions and encoder_hidden_states is not None
         output = FlaxBaseModelOutputWithPastAndCrossAttentions(
@@ -729,6 +658,25 @@ class FlaxGPT2Module(nn.Module):
             cross_attentions=tuple(probs[1] for probs in probabilities) if crosses else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _embedded(self, ids_BxT, positions_BxT):
+        """(B, T, D) of ids and positions (None: from 0 on), added up, and rounded once.
+
+        Tables are read as they are, so that the gradient of an id that comes often is summed up
+        in their type, too. Positions from 0 on are a slice, whose gradient is a plain sum.
+        """
+        B, T = ids_BxT.shape
+        from_0_on = positions_BxT is None
+        if from_0_on:
+            positions_BxT = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
+        if self.hf_flax_compat or self.is_initializing():
+            return self.wte(ids_BxT) + self.wpe(positions_BxT)
+        if from_0_on and self.config.n_positions >= T:
+            position_BxTxD = self.wpe.embedding[None, :T]
+        else:
+            position_BxTxD = jnp.take(self.wpe.embedding, positions_BxT, axis=0)
+        x_BxTxD = jnp.take(self.wte.embedding, ids_BxT, axis=0) + position_BxTxD
+        return x_BxTxD.astype(self.dtype)
 
 
 class FlaxGPT2LMHeadModule(nn.Module):
@@ -756,6 +704,7 @@ class FlaxGPT2LMHeadModule(nn.Module):
     # shards, and the rest as `outside_blocks` has it.
     gather: Callable | None = None
     fused_attention: str | None = None  # FlaxGPT2Attention's `fused`
+    kernels: bool = False  # Pallas's, of LayerNorm and of head_loss.cross_entropy_sum
     scanned: bool = False  # FlaxGPT2BlockCollection's
 
     def setup(self):
@@ -763,7 +712,7 @@ class FlaxGPT2LMHeadModule(nn.Module):
         self.transformer = FlaxGPT2Module(
             config, self.dtype, self.hf_flax_compat, self.gradient_checkpointing,
             self.attention_checkpointing, self.keeps_little, self.gather, self.fused_attention,
-            self.scanned,
+            self.kernels, self.scanned,
         )  # fmt: skip
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(

@@ -12,9 +12,9 @@ import numpy as np
 import transformers
 
 from gpt2_flax import (
-    attention,
     devices,
     durations,
+    kernels,
     memory,
     metrics,
     optim,
@@ -116,16 +116,18 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
 
 
 def make_module(config, model_config) -> FlaxGPT2LMHeadModule:
-    """Raises UserError for an implementation of attention that does not work here."""
+    """Raises UserError for kernels that were asked for and do not work here."""
+    usual_multiple = 1 if devices.platform() == "cpu" else 128
     return FlaxGPT2LMHeadModule(
         model_config,
         jnp.dtype(config.dtype),
-        pad_vocab_to_multiple_of=config.pad_vocab_to_multiple_of,
+        pad_vocab_to_multiple_of=config.pad_vocab_to_multiple_of or usual_multiple,
         gradient_checkpointing=config.remat == "block",
         attention_checkpointing=config.remat == "attention",
         # Elsewhere it was not measured.
         keeps_little=devices.platform() == "cpu",
-        fused_attention=attention.choose(config, model_config),
+        fused_attention=kernels.choose_attention(config, model_config),
+        kernels=kernels.choose_others(config, model_config),
         scanned=config.scan_layers,
     )
 

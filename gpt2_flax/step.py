@@ -54,7 +54,7 @@ def loss_sum(params, batch, key, model, logits_at_once: int | None = None):
     )
     loss = head_loss.cross_entropy_sum(
         x_BxTxD, model.head(params), targets_BxT, counts_BxT, model.config.vocab_size,
-        min(logits_at_once or T, T),
+        min(logits_at_once or T, T), model.kernels,
     )  # fmt: skip
     return loss, counts_BxT.sum(dtype=jnp.float32)
 

@@ -8,6 +8,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from gpt2_flax.config import dump_yaml, load_config
 from gpt2_flax.errors import run_main
 from gpt2_flax.imports import leave_out_torch
+from gpt2_flax.xla_flags import set_defaults
 
 
 def main(argv: list[str]) -> int:
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> int:
         return 0
     if __name__ == "__main__":  # tests, which import this, compare with PyTorch
         leave_out_torch()
+        set_defaults()
     from gpt2_flax.train import train  # after a fault of the settings, which needs no JAX
 
     return train(config)

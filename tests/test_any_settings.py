@@ -37,6 +37,7 @@ VALUES = {
     "lr_schedule": ["cosine", "linear", "constant", "wsd", "step"],
     "dtype": ["float32", "bfloat16", "float16"],
     "attention": ["auto", "xla", "cudnn", "flash"],
+    "kernels": ["auto", "xla", "pallas", "on"],
     "scan_layers": ["true", "false", "3"],
     "remat": ["none", "block", "attention", "all"],
     "parallel": ["pmap", "jit", "fsdp", "none"],

@@ -50,6 +50,7 @@ ANOTHER = {
     "profile": "1:1",
     "remat": "block",
     "attention": "xla",
+    "kernels": "xla",
     "batch_size": "auto",
     "max_steps": 1000,
     "warmup_steps": "2000000 tokens",

@@ -7,21 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_flax import attention, devices, fsdp, model, parallel, step
-from gpt2_flax.config import load_config
-from gpt2_flax.errors import UserError
+from gpt2_flax import fsdp, parallel, step
 from gpt2_flax.model import FlaxGPT2LMHeadModule
-from tests.test_step import random_batches
+from tests.test_step import T, random_batches
 
 DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2)
 
 
-def loss_and_gradient(config, params=None, dtype=jnp.float32, key=None, **fields):
+def loss_and_gradient(config, params=None, dtype=jnp.float32, key=None, positions=T, **fields):
     """Of one batch, by a module with these fields; params of the plain one by default."""
     module = FlaxGPT2LMHeadModule(config, dtype, **fields)
     if params is None:
         params = initial(config)
-    batch = jax.tree.map(jnp.asarray, next(random_batches(4, 1)))
+    batch = jax.tree.map(jnp.asarray, next(random_batches(4, 1, T=positions)))
     one = jax.value_and_grad(step.loss_sum, has_aux=True)
     (loss, _), gradient = jax.jit(lambda params: one(params, batch, key, module))(params)
     return loss, gradient
@@ -107,119 +105,7 @@ def test_a_scan_gathers_shards_layer_by_layer(tiny_config, monkeypatch):
     assert_alike(gradients[2], gradients[0])
 
 
-# ---------------------------------------------------------------- fused attention
-
-
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {"n_head": 1}],
-    ids=str,
-)
-def test_fused_attention_is_attention(tiny_config, config):
-    """By XLA's implementation of the same function, which takes the same arguments as cuDNN's."""
-    config = tiny_config(**config)
-    expected = loss_and_gradient(config)
-    assert_alike(loss_and_gradient(config, fused_attention="xla"), expected)
-    got = loss_and_gradient(config, fused_attention="xla", gradient_checkpointing=True)
-    assert_alike(got, expected)
-
-
-def config_of(*flags):
-    return load_config(["--dtype=bfloat16", "--dropout=0", *flags])
-
-
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(devices, "platform", lambda: "gpu")
-    tried = []
-
-    def answer(reason):
-        monkeypatch.setattr(
-            attention, "try_on_device", lambda *sizes: tried.append(sizes) or reason
-        )
-        return tried
-
-    return answer
-
-
-def test_cudnn_is_taken_where_it_works(tiny_config, on_a_gpu, capsys):
-    tried = on_a_gpu(None)
-    small = tiny_config(n_embd=48, n_head=3)
-    assert attention.choose(config_of(), small) == "cudnn"
-    assert attention.choose(config_of("--attention=cudnn"), small) == "cudnn"
-    assert tried == [(128, 3, 16)] * 2
-    assert attention.choose(config_of("--attention=xla"), small) is None
-    # What it is not made for is not worth a line.
-    assert attention.choose(load_config(["--dtype=bfloat16"]), small) is None
-    assert attention.choose(load_config(["--dropout=0"]), small) is None
-    assert len(tried) == 2
-    assert capsys.readouterr().err == ""
-
-
-def test_where_cudnn_fails_a_line_says_why(tiny_config, on_a_gpu, capsys):
-    on_a_gpu("no valid engine")
-    small = tiny_config(n_embd=48, n_head=3)
-    assert attention.choose(config_of(), small) is None
-    said = "attention by XLA, as cuDNN's does not work here: no valid engine"
-    assert said in capsys.readouterr().err
-    assert attention.choose(config_of(), tiny_config(n_embd=30, n_head=3)) is None
-    assert "heads of width 10" in capsys.readouterr().err
-    with pytest.raises(UserError, match="cudnn does not work here: no valid engine"):
-        attention.choose(config_of("--attention=cudnn"), small)
-
-
-def test_cudnn_is_refused_where_it_cannot_be(tiny_config):
-    for flags in (["--attention=cudnn"], ["--attention=cudnn", "--dtype=bfloat16"]):
-        with pytest.raises(UserError, match="needs dtype bfloat16 and dropout 0"):
-            load_config(flags)
-    with pytest.raises(UserError, match="it is for NVIDIA GPUs, and this is cpu"):
-        attention.choose(config_of("--attention=cudnn"), tiny_config())
-    assert attention.try_on_device.__wrapped__(16, 2, 8)  # really tried, and it says something
-
-
 # ---------------------------------------------------------------- dropout
-
-
-def test_random_bits_are_evenly_spread_and_independent():
-    """Every bit, between neighbours, rows, keys; each within 5 standard deviations."""
-    rows, shape = jnp.arange(8), (64, 1024)
-    one = np.asarray(model.random_bits(jax.random.key(0), rows, shape))
-    other = np.asarray(model.random_bits(jax.random.key(1), rows, shape))
-    assert one.shape == (8, 64, 1024) and one.dtype == np.uint32
-    n = one.size
-
-    def is_even(bits):
-        for bit in range(32):
-            share = ((bits >> bit) & 1).mean()
-            assert abs(share - 0.5) < 5 * 0.5 / np.sqrt(bits.size), bit
-
-    is_even(one)
-    is_even(one ^ other)  # keys
-    is_even(one[:-1] ^ one[1:])  # rows
-    is_even(one[..., :-1] ^ one[..., 1:])  # neighbours
-    is_even(one[:, :-1] ^ one[:, 1:])
-    kept = one < np.uint32(0.9 * 2**32)
-    assert abs(kept.mean() - 0.9) < 5 * 0.3 / np.sqrt(n)
-    counts = np.bincount((one >> 24).ravel(), minlength=256)
-    chi2 = ((counts - n / 256) ** 2 / (n / 256)).sum()
-    assert abs(chi2 - 255) < 5 * np.sqrt(2 * 255)
-    assert len(np.unique(one)) > n - 2 * n**2 / 2**33  # repeats as chance has them
-
-
-def test_random_bits_are_32_where_jax_counts_in_64():
-    expected = model.random_bits(jax.random.key(0), jnp.arange(2), (50,))
-    with jax.enable_x64(True):
-        got = model.random_bits(jax.random.key(0), jnp.arange(2), (50,))
-        assert got.dtype == jnp.uint32
-    np.testing.assert_array_equal(got, expected)
-
-
-def test_random_bits_follow_the_row():
-    key, shape = jax.random.key(3), (5, 7)
-    all_rows = model.random_bits(key, jnp.arange(6), shape)
-    np.testing.assert_array_equal(
-        model.random_bits(key, jnp.array([4, 1]), shape), all_rows[jnp.array([4, 1])]
-    )
 
 
 def test_each_layer_and_each_step_has_masks_of_its_own(tiny_config):

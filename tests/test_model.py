@@ -9,13 +9,13 @@ import transformers
 from flax.traverse_util import flatten_dict
 
 from gpt2_flax import weights
+from gpt2_flax.layer_norm import layer_norm
 from gpt2_flax.model import (
     ACTIVATIONS,
     FlaxGPT2LMHeadModule,
     FlaxGPT2Module,
     check_config,
     empty_cache,
-    layer_norm,
     softmax,
 )
 from gpt2_flax.pretrained import FlaxGPT2LMHeadModel, param_shapes

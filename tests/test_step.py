@@ -26,7 +26,7 @@ def make_optimizer(learning_rate=1e-2, grad_clip=1.0):
     )
 
 
-def random_batches(n_rows, count, seed=0):
+def random_batches(n_rows, count, seed=0, T=T):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         ids = rng.integers(0, 31, (n_rows, T + 1)).astype(np.int32)
