@@ -49,8 +49,8 @@ class TrainConfig:
     pad_vocab_to_multiple_of: int = setting(
         0,
         "compute logits as if for a multiple of so many ids; those beyond vocab_size are never"
-        " predicted, and no parameter is added; 0: 128 on GPUs and TPUs, which compute them"
-        " faster, else 1",
+        " predicted, and no parameter is added; 0: 128 on GPUs and TPUs, which are made for"
+        " such sizes, else 1",
     )
     dropout: float = setting(0.1, "rate for embeddings, attention and residual branches")
     init_from: str = setting(
@@ -302,7 +302,7 @@ FREE_ON_RESUME = {
     "save_every", "keep", "report_to", "sample_prompt", "sample_tokens", "epochs",
     "max_steps", "batch_size", "grad_accum", "tokenize_processes", "ledger", "profile", "remat",
     "max_bad_steps", "replica_check_every", "step_timeout", "compilation_cache",
-    "logits_at_once", "attention", "kernels", "scan_layers",
+    "logits_at_once", "attention", "kernels", "scan_layers", "pad_vocab_to_multiple_of",
 }  # fmt: skip
 
 

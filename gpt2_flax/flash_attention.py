@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from gpt2_flax.dropout import LINE, is_kept
+from gpt2_flax.triton import by_triton
 
 Array = jax.Array
 WIDTHS = 32, 64, 128  # of a head
@@ -78,7 +79,7 @@ def _forward(qkv_BxTx3xHxC, words, scale, rate, interpret):
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ],
         interpret=interpret,
-        compiler_params=_compiler_params(*FORWARD),
+        compiler_params=by_triton(*FORWARD),
         name="flash_attention_forward",
     )(*[qkv_BxTx3xHxC] * 3, *(words or ()))
     return out_BxTxHxC, (qkv_BxTx3xHxC, words, out_BxTxHxC, lse_BxHxT)
@@ -87,7 +88,7 @@ def _forward(qkv_BxTx3xHxC, words, scale, rate, interpret):
 def _forward_kernel(scale, rate, q_ref, k_ref, v_ref, *refs):
     """The output of a tile of queries, by tiles of keys up to it."""
     *word_refs, out_ref, lse_ref = refs
-    here = pl.num_programs(0) - 1 - pl.program_id(0)
+    here = k_ref.shape[0] // TILE - 1 - pl.program_id(0)
     q_QxC = q_ref[...]
     weights_of = _weights(word_refs, here, rate)
 
@@ -137,7 +138,7 @@ def _backward(scale, rate, interpret, saved, dout_BxTxHxC):
         out_specs=pl.BlockSpec((None, TILE, 3, None, C), lambda n, h, b: (b, n, 0, h, 0)),
         out_shape=jax.ShapeDtypeStruct(qkv_BxTx3xHxC.shape, qkv_BxTx3xHxC.dtype),
         interpret=interpret,
-        compiler_params=_compiler_params(*BACKWARD),
+        compiler_params=by_triton(*BACKWARD),
         name="flash_attention_backward",
     )(*[qkv_BxTx3xHxC] * 3, dout_BxTxHxC, lse_BxHxT, delta_BxHxT, *(words or ()))
     return dqkv_BxTx3xHxC, None
@@ -177,7 +178,7 @@ def _backward_kernel(scale, rate, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_
 
     sums = of_queries(True, here, (zeros, zeros))
     dk_KxC, dv_KxC = jax.lax.fori_loop(
-        here + 1, pl.num_programs(0), functools.partial(of_queries, False), sums
+        here + 1, k_ref.shape[0] // TILE, functools.partial(of_queries, False), sums
     )
     dqkv_ref[:, 1, :] = (dk_KxC * scale).astype(dqkv_ref.dtype)
     dqkv_ref[:, 2, :] = dv_KxC.astype(dqkv_ref.dtype)
@@ -241,9 +242,3 @@ def _dot(x, y, of_x: int, of_y: int) -> Array:
     return jax.lax.dot_general(
         x, y, (((of_x,), (of_y,)), ((), ())), preferred_element_type=jnp.float32
     )
-
-
-def _compiler_params(num_warps: int, num_stages: int):
-    from jax.experimental.pallas import triton
-
-    return triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)

@@ -10,12 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from gpt2_flax import devices
+from gpt2_flax.triton import by_triton
 
 Array = jax.Array
-LANES = 2048  # logits of a position that the kernel handles at a time
+LANES = 4096  # logits of a position that the kernel handles at a time
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # below any logit, and finite
 
@@ -142,7 +142,7 @@ def _in_place(logits_BxtxW, targets_Bxt, counts_Bxt, n_ids):
         ],
         input_output_aliases={0: 0},
         interpret=devices.platform() != "gpu",
-        compiler_params=triton.CompilerParams(num_warps=8),
+        compiler_params=by_triton(num_warps=16),
         name="cross_entropy",
     )(logits_NxW, targets_N, counts_N)
     return loss_N.sum(), dlogits_NxW.reshape(logits_BxtxW.shape)
@@ -155,6 +155,8 @@ def _kernel(W, n_ids, logits_ref, target_ref, counts_ref, dlogits_ref, loss_ref)
     the largest that it has seen and a sum of exponentials below that: of the two that a logit
     asks for, that of the larger one is 1.
     """
+    from jax.experimental.pallas import triton
+
     target, counts = target_ref[0], counts_ref[0] != 0
     is_id = (target >= 0) & (target < n_ids)
     chosen = triton.load(logits_ref.at[target], mask=is_id, other=jnp.nan).astype(jnp.float32)

@@ -9,6 +9,7 @@ from gpt2_flax import devices, dropout, flash_attention, head_loss, layer_norm, 
 from gpt2_flax.errors import UserError, say
 
 CUDNN_WIDTHS = 8, 128  # of a head: a multiple of the one, and at most the other
+ENOUGH = 512  # positions: the plain one's memory grows with their square
 LARGEST_ERROR = 0.03  # of a gradient in bfloat16, relative: rounding makes a tenth of that
 
 
@@ -16,8 +17,8 @@ def choose_attention(config, model_config) -> str | None:
     """FlaxGPT2Attention's `fused`: "flash", "cudnn", or None for the plain one, by XLA.
 
     Neither kernel keeps a (B, H, T, T) array; cuDNN's knows no dropout. What is chosen was tried
-    once on the device: where `auto` finds that it fails, a line says why. Raises UserError where
-    one was asked for that does not work.
+    once on the device: where `auto` finds that neither works, a line says why. Raises UserError
+    where one was asked for that does not work.
     """
     choices = {"xla": (), "auto": ("flash", "cudnn")}.get(config.attention, (config.attention,))
     return _first_that_works("attention", choices, config, model_config)
@@ -63,7 +64,7 @@ def why_not(kernel: str, config, model_config) -> str | None:
     if kernel == "pallas":
         if model_config.n_embd > layer_norm.MOST_WIDE:
             return f"n_embd {model_config.n_embd} is over {layer_norm.MOST_WIDE}"
-        return try_others(model_config.n_embd)
+        return try_others(model_config.n_embd, config.dtype)
     return flash_attention.why_not(config.block_size, width) or try_flash(
         config.block_size, model_config.n_head, width, config.dropout
     )
@@ -89,68 +90,107 @@ def try_cudnn(block_size: int, n_heads: int, width: int) -> str | None:
         q, k, v = (x_BxTx3xHxC[:, :, part] for part in range(3))
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
-    plain = functools.partial(_plainly_mixed, words=None, rate=0.0)
-    return what_fails(mixed, plain, (1, block_size, 3, n_heads, width))
+    shape = 1, min(block_size, ENOUGH), 3, n_heads, width
+    return what_fails(mixed, _plainly_mixed, [shape], "bfloat16")
 
 
 @functools.lru_cache
 def try_flash(block_size: int, n_heads: int, width: int, rate: float) -> str | None:
-    words = None
-    if rate:
-        shape = n_heads, block_size, block_size
-        words = dropout.words_of(jax.random.key(0), jnp.arange(1), shape)
+    T = min(block_size, ENOUGH)
 
-    def mixed(x_BxTx3xHxC):
+    def words_for(rate):
+        if not rate:
+            return None
+        return dropout.words_of(jax.random.key(0), jnp.arange(1), (n_heads, T, T))
+
+    def mixed(x_BxTx3xHxC, rate):
+        words = words_for(rate)
         return flash_attention.flash_attention(x_BxTx3xHxC, words, width**-0.5, rate)
 
-    plain = functools.partial(_plainly_mixed, words=words, rate=rate)
-    return what_fails(mixed, plain, (1, block_size, 3, n_heads, width))
+    def plainly(x_BxTx3xHxC, rate):
+        return _plainly_mixed(x_BxTx3xHxC, words_for(rate), rate)
+
+    # An evaluation drops nothing.
+    fails = (
+        what_fails(
+            functools.partial(mixed, rate=r), functools.partial(plainly, rate=r),
+            [(1, T, 3, n_heads, width)], "bfloat16",
+        )
+        for r in {0.0, rate}
+    )  # fmt: skip
+    return next(filter(None, fails), None)
 
 
-def _plainly_mixed(x_BxTx3xHxC, words, rate):
+def _plainly_mixed(x_BxTx3xHxC, words=None, rate=0.0):
     q, k, v = (x_BxTx3xHxC[:, :, part] for part in range(3))
     scores = jnp.einsum("BTHC,BKHC->BHTK", q, k) * q.shape[-1] ** -0.5
     T = q.shape[1]
-    probs = jax.nn.softmax(jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf))
+    probs = jax.nn.softmax(jnp.where(jnp.tri(T, dtype=bool)[None, None], scores, -jnp.inf))
     if words is not None:
         probs = jnp.where(dropout.is_kept(*words, rate), probs / (1.0 - rate), 0.0)
     return jnp.einsum("BHTK,BKHC->BTHC", probs, v)
 
 
 @functools.lru_cache
-def try_others(n_embd: int) -> str | None:
-    targets_BxT, counts_BxT = jnp.arange(8)[None] * 7, jnp.arange(8)[None] < 6
+def try_others(n_embd: int, dtype: str) -> str | None:
+    """LayerNorm and the loss, each with as many rows and ids as its loops need to turn."""
 
-    def loss(x_BxTxD, kernel):
-        scale = jnp.linspace(0.5, 2.0, n_embd).reshape(1, 1, -1)
+    def norm(x_BxTxD, scale_1x1xD, bias_1x1xD, kernel):
+        arrays = x_BxTxD, scale_1x1xD.astype(jnp.float32), bias_1x1xD.astype(jnp.float32)
         if kernel:
-            kept, normed = layer_norm.kept_and_normed(x_BxTxD, scale, scale, 1e-5)
-        else:
-            kept, normed = x_BxTxD, layer_norm.layer_norm(x_BxTxD, scale, scale, 1e-5)
-        head_WxD = jnp.sin(jnp.arange(384.0 * n_embd)).reshape(384, -1).astype(x_BxTxD.dtype)
+            return jnp.stack(layer_norm.kept_and_normed(*arrays, 1e-5))
+        return jnp.stack([x_BxTxD, layer_norm.layer_norm(*arrays, 1e-5)])
+
+    def loss(x_BxTxD, head_WxD, kernel):
+        B, T, _ = x_BxTxD.shape
+        targets_BxT = (jnp.arange(B * T) * 97 % n_ids).reshape(B, T)
+        counts_BxT = jnp.arange(T)[None] < T - jnp.arange(B)[:, None]
         return head_loss.cross_entropy_sum(
-            kept + normed, head_WxD, targets_BxT, counts_BxT, 300, 8, kernel
+            x_BxTxD, head_WxD * jnp.asarray(0.02, dtype), targets_BxT, counts_BxT, n_ids, T, kernel
         )
 
-    by_kernel, plain = (functools.partial(loss, kernel=kernel) for kernel in (True, False))
-    return what_fails(by_kernel, plain, (1, 8, n_embd))
+    n_ids, n_rows = 2 * head_loss.LANES + 100, 256 * layer_norm.ROWS
+    fails = (
+        what_fails(
+            functools.partial(function, kernel=True), functools.partial(function, kernel=False),
+            shapes, dtype,
+        )
+        for function, shapes in (
+            (norm, [(1, n_rows, n_embd), (1, 1, n_embd), (1, 1, n_embd)]),
+            (loss, [(2, 8, n_embd), (n_ids + 28, n_embd)]),
+        )
+    )  # fmt: skip
+    return next(filter(None, fails), None)
 
 
-def what_fails(by_kernel, plain, shape: tuple[int, ...]) -> str | None:
-    """What goes wrong where the gradient of a kernel is compared with XLA's; None for nothing.
+def what_fails(by_kernel, plain, shapes: list[tuple[int, ...]], dtype: str) -> str | None:
+    """What goes wrong where a kernel's gradients are compared with XLA's; None for nothing.
 
-    The one gets random numbers in bfloat16, the other the same in float32.
+    The one gets random numbers of type `dtype`, the other the same in float32.
     """
     try:
-        x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-        weights = jax.random.normal(jax.random.key(1), ())  # a cotangent that is not 1
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        arrays = [
+            jax.random.normal(key, shape).astype(dtype)
+            for key, shape in zip(keys, shapes, strict=True)
+        ]
 
-        def gradient(function, x):
-            summed = jax.grad(lambda x: jnp.sum(function(x).astype(jnp.float32) ** 2) * weights)
-            return jax.jit(summed)(x).astype(jnp.float32)
+        def gradients(function, arrays):
+            def summed(arrays):  # with cotangents that differ
+                return jnp.sum(jnp.square(function(*arrays).astype(jnp.float32)))
 
-        got, expected = gradient(by_kernel, x), gradient(plain, x.astype(jnp.float32))
-        error = float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
-        return None if error < LARGEST_ERROR else f"its gradient is off by {error:.2g}"
+            return jax.jit(jax.grad(summed))(arrays)
+
+        pairs = zip(
+            gradients(by_kernel, arrays),
+            gradients(plain, [array.astype(jnp.float32) for array in arrays]),
+            strict=True,
+        )
+        errors = [
+            float(jnp.linalg.norm((got - expected).ravel()) / jnp.linalg.norm(expected.ravel()))
+            for got, expected in pairs
+        ]
+        is_right = all(error < LARGEST_ERROR for error in errors)
+        return None if is_right else f"its gradient is off by {max(errors):.2g}"
     except Exception as error:  # JAX, XLA, Triton and cuDNN raise whatever they please
         return (str(error).strip() or type(error).__name__).split("\n")[0][:160]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from gpt2_flax import devices
+from gpt2_flax.triton import by_triton
 
 Array = jax.Array
 AT_ONCE = 2  # rows that a program of the kernel holds at a time
@@ -79,6 +80,7 @@ def _backward(epsilon, interpret, saved, cotangents):
         out_specs=[tile, *[pl.BlockSpec((None, P), lambda n: (n, 0))] * 2],
         out_shape=[jax.ShapeDtypeStruct(x_NxD.shape, x_NxD.dtype), parts, parts],
         interpret=interpret,
+        compiler_params=by_triton(min(32, max(4, P // 256))),
         name="layer_norm_backward",
     )(x_NxD, dkept_NxD, dout_NxD, scale_1x1xD.reshape(-1).astype(jnp.float32))
     return (

@@ -663,7 +663,8 @@ class FlaxGPT2Module(nn.Module):
         """(B, T, D) of ids and positions (None: from 0 on), added up, and rounded once.
 
         Tables are read as they are, so that the gradient of an id that comes often is summed up
-        in their type, too. Positions from 0 on are a slice, whose gradient is a plain sum.
+        in their type, too (by fsdp they come in the type of computation). Positions from 0 on are
+        a slice, whose gradient is a plain sum.
         """
         B, T = ids_BxT.shape
         from_0_on = positions_BxT is None

@@ -13,7 +13,9 @@ def set_defaults() -> None:
     """Add to the environment's XLA_FLAGS what it does not mention. The log shows all of them."""
     if not any(importlib.util.find_spec(name) for name in CUDA_PLUGINS):
         return
-    given = os.environ.get("XLA_FLAGS", "")
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    if given and not given.startswith("-"):  # the name of a file of flags
+        return
     added = [f"--{name}={value}" for name, value in FOR_CUDA.items() if name not in given]
     if added:
         os.environ["XLA_FLAGS"] = " ".join([*given.split(), *added])

@@ -1,10 +1,14 @@
 """Scripts do without PyTorch, also where it is installed."""
 
+import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from gpt2_flax import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -53,3 +57,34 @@ def test_no_script_imports_pytorch(script, argv):
     assert done.stderr.endswith("False\n"), done.stderr
     assert "Traceback" not in done.stderr and "PyTorch" not in done.stderr, done.stderr
     assert done.returncode == (0 if script == "train" else 2)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (None, "--xla_gpu_enable_triton_gemm=false"),
+        (" --xla_dump_to=x ", "--xla_dump_to=x --xla_gpu_enable_triton_gemm=false"),
+        ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
+        ("a/file/of/flags", "a/file/of/flags"),  # XLA would take no more than its name
+    ],
+)
+def test_measured_flags_are_added_for_nvidia_gpus_and_give_way(monkeypatch, given, expected):
+    if given is None:
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
+    else:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    found = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in found or None)
+    xla_flags.set_defaults()
+    assert os.environ.get("XLA_FLAGS") == given  # no such plugin is installed
+    found.append(xla_flags.CUDA_PLUGINS[0])
+    xla_flags.set_defaults()
+    assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_the_flags_are_known_to_xla():
+    """One that it does not know would end the process."""
+    flags = " ".join(f"--{name}={value}" for name, value in xla_flags.FOR_CUDA.items())
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    code = "import jax; jax.numpy.ones(3).block_until_ready()"
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -3,7 +3,9 @@
 What a GPU makes of them is compared at the start of each run (kernels.what_fails).
 """
 
+import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +156,7 @@ def test_the_gradient_of_layer_norm_and_of_its_input_are_added_up(shape, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loss_and_its_gradient_in_the_place_of_the_logits(dtype, at_once):
     """More ids than are handled at a time, some of them padding, positions that don't count."""
-    n_ids, rows = 3000, 3100
+    n_ids, rows = 5000, 5100
     x, head = random(2, 6, 16, dtype=dtype), random(rows, 16, seed=1, dtype=dtype)
     targets = jax.random.randint(jax.random.key(2), (2, 6), 0, n_ids)
     counts = jnp.arange(6)[None] < jnp.array([[6], [3]])
@@ -188,6 +190,50 @@ def test_what_is_not_finite_shows(bad):
         x, head, targets, counts, 300, 4, True
     )
     assert not np.isfinite(loss) and (bad == "target" or not np.isfinite(gradient).all())
+
+
+# ---------------------------------------------------------------- compiled for a GPU
+
+
+def programs_for_cuda(function, *shapes) -> list[str]:
+    """Names of the kernels of a gradient that is lowered for a GPU, which need not be there."""
+    gradient = jax.jit(jax.grad(lambda x, *rest: function(x, *rest).astype(jnp.float32).sum()))
+    mesh = contextlib.nullcontext()
+    if hasattr(jax.sharding, "AbstractDevice"):  # jax 0.11 asks what kind it is
+        device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "cuda")
+        axes = (jax.sharding.AxisType.Auto,)
+        mesh = jax.sharding.use_abstract_mesh(
+            jax.sharding.AbstractMesh((1,), ("x",), axes, abstract_device=device)
+        )
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    with mesh:
+        text = gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic" not in text
+    return re.findall(r"__gpu\$xla\.gpu\.triton.*?name = \"(\w+)\"", text)
+
+
+def test_triton_is_given_all_kernels_at_their_real_sizes(monkeypatch):
+    monkeypatch.setattr(devices, "platform", lambda: "gpu")
+    bf16, f32, int32 = jnp.bfloat16, jnp.float32, jnp.int32
+
+    def attention(qkv, rows):
+        words = dropout.words_of(jax.random.key(0), rows, (12, 1024, 1024))
+        return flash_attention.flash_attention(qkv, words, 0.125, 0.1)
+
+    shapes = ((64, 1024, 3, 12, 64), bf16), ((64,), int32)
+    names = ["flash_attention_forward", "flash_attention_backward"]
+    assert programs_for_cuda(attention, *shapes) == names
+    for width in (768, 1600, 8192):
+        norm = functools.partial(kept_and_normed, epsilon=1e-5)
+        shapes = ((64, 1024, width), bf16), ((1, 1, width), f32), ((1, 1, width), f32)
+        found = programs_for_cuda(lambda *a, norm=norm: sum(norm(*a)), *shapes)
+        assert found == ["layer_norm_backward"]
+
+    def loss(x, head, targets, counts):
+        return head_loss.cross_entropy_sum(x, head, targets, counts, 50257, 1024, True)
+
+    shapes = ((64, 1024, 768), bf16), ((50304, 768), bf16), ((64, 1024), int32), ((64, 1024), bool)
+    assert programs_for_cuda(loss, *shapes) == ["cross_entropy"]
 
 
 # ---------------------------------------------------------------- which are taken
@@ -226,7 +272,7 @@ def test_kernels_are_taken_where_they_work(tiny_config, on_a_gpu, capsys):
     assert kernels.choose_others(config_of(), small)
     assert tried == [
         ("flash", 128, 3, 32, 0.1), ("flash", 128, 3, 32, 0.0), ("flash", 128, 3, 32, 0.1),
-        ("cudnn", 128, 3, 32), ("others", 96),
+        ("cudnn", 128, 3, 32), ("others", 96, "bfloat16"),
     ]  # fmt: skip
     assert kernels.choose_attention(config_of("--attention=xla"), small) is None
     assert not kernels.choose_others(config_of("--kernels=xla"), small)
@@ -277,15 +323,16 @@ def test_kernels_are_refused_where_they_cannot_be(tiny_config, monkeypatch):
 def test_a_kernel_that_fails_or_is_wrong_is_found(monkeypatch):
     assert kernels.try_cudnn.__wrapped__(64, 2, 32)  # really tried, and it says something
     assert kernels.try_flash.__wrapped__(64, 2, 32, 0.1)
-    assert kernels.try_others.__wrapped__(32)
+    assert kernels.try_others.__wrapped__(32, "bfloat16")
     call = pl.pallas_call
     monkeypatch.setattr(
         pl, "pallas_call", lambda *args, **kwargs: call(*args, **kwargs | {"interpret": True})
     )
     assert kernels.try_flash.__wrapped__(64, 2, 32, 0.1) is None
     assert kernels.try_flash.__wrapped__(64, 2, 32, 0.0) is None
-    assert kernels.try_others.__wrapped__(48) is None
+    assert kernels.try_others.__wrapped__(48, "bfloat16") is None
+    assert kernels.try_others.__wrapped__(48, "float32") is None
     monkeypatch.setattr(flash_attention, "LOG2_E", 1.4)
     assert "its gradient is off by" in kernels.try_flash.__wrapped__(64, 2, 32, 0.1)
     monkeypatch.setattr(head_loss, "LOG2_E", 0.5)
-    assert "its gradient is off by" in kernels.try_others.__wrapped__(48)
+    assert "its gradient is off by" in kernels.try_others.__wrapped__(48, "bfloat16")
