@@ -212,6 +212,7 @@ def programs_for_cuda(function, *shapes) -> list[str]:
     return re.findall(r"__gpu\$xla\.gpu\.triton.*?name = \"(\w+)\"", text)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by jax 0.12
 def test_triton_is_given_all_kernels_at_their_real_sizes(monkeypatch):
     monkeypatch.setattr(devices, "platform", lambda: "gpu")
     bf16, f32, int32 = jnp.bfloat16, jnp.float32, jnp.int32
