@@ -676,7 +676,8 @@ class FlaxGPT2Module(nn.Module):
             position_BxTxD = self.wpe.embedding[None, :T]
         else:
             position_BxTxD = jnp.take(self.wpe.embedding, positions_BxT, axis=0)
-        x_BxTxD = jnp.take(self.wte.embedding, ids_BxT, axis=0) + position_BxTxD
+        id_BxTxD = jnp.take(self.wte.embedding, ids_BxT, axis=0)
+        x_BxTxD = id_BxTxD.astype(jnp.float32) + position_BxTxD.astype(jnp.float32)
         return x_BxTxD.astype(self.dtype)
 
 

@@ -54,7 +54,15 @@ def tiny_config():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="tests of faults in their full number")
+    parser.addoption("--full", action="store_true", help="all cases, faults in their full number")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked `full`, but for --full."""
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ def test_the_accepted_make_a_step_or_say_why_not(outcomes, tmp_path, full, capfd
     chosen = [settings for settings, config, _ in outcomes if config]
     chosen.sort(key=len, reverse=True)
     trained = 0
-    for n, settings in enumerate(chosen if full else chosen[:4]):
+    for n, settings in enumerate(chosen if full else chosen[:6]):
         output_dir = tmp_path / str(n)
         argv = as_argv({"max_steps": "1"} | TINY | settings)
         argv += ["--train_file", str(text), "--output_dir", str(output_dir)]

@@ -124,7 +124,10 @@ def test_losses_are_those_of_pmap(tiny_config, rate, micro_batches):
             assert all(np.array_equal(copy, copies[0]) for copy in copies)
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "muon", "lion", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adafactor", "muon", *(pytest.param(n, marks=pytest.mark.full) for n in ("lion", "sgd"))],
+)
 def test_every_optimizer_sees_whole_arrays(tiny_config, optimizer):
     config, batches = tiny_config(n_embd=24), list(random_batches(16, 4))
     expected, _ = train(config, batches, "pmap", optimizer=optimizer)
@@ -135,9 +138,9 @@ def test_every_optimizer_sees_whole_arrays(tiny_config, optimizer):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"gradient_checkpointing": True},
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.full),
         {"attention_checkpointing": True},
-        {"keeps_little": True},
+        pytest.param({"keeps_little": True}, marks=pytest.mark.full),
         {"pad_vocab_to_multiple_of": 16},
         {"gradient_checkpointing": True, "keeps_little": True},
     ],

@@ -394,7 +394,7 @@ def test_hidden_states_and_attentions_are_pytorchs(tiny_config):
     ("kind", "share", "attn_pdrop"),
     [
         ("gradient_checkpointing", 0.6, 0.0),
-        ("attention_checkpointing", 0.7, 0.0),
+        pytest.param("attention_checkpointing", 0.7, 0.0, marks=pytest.mark.full),
         ("attention_checkpointing", 0.7, 0.3),
     ],
 )
