@@ -604,6 +604,7 @@ class FlaxGPT2Module(nn.Module):
     fused_attention: str | None = None
     kernels: bool = False
     scanned: bool = False
+    embeds_in_dtype: bool = False
 
     def setup(self):
         config, compat = self.config, self.hf_flax_compat
@@ -663,14 +664,14 @@ class FlaxGPT2Module(nn.Module):
         """(B, T, D) of ids and positions (None: from 0 on), added up, and rounded once.
 
         Tables are read as they are, so that the gradient of an id that comes often is summed up
-        in their type, too (by fsdp they come in the type of computation). Positions from 0 on are
-        a slice, whose gradient is a plain sum.
+        in their type, too (by fsdp they come in the type of computation; with embeds_in_dtype
+        they are cast to it). Positions from 0 on are a slice, whose gradient is a plain sum.
         """
         B, T = ids_BxT.shape
         from_0_on = positions_BxT is None
         if from_0_on:
             positions_BxT = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
-        if self.hf_flax_compat or self.is_initializing():
+        if self.hf_flax_compat or self.embeds_in_dtype or self.is_initializing():
             return self.wte(ids_BxT) + self.wpe(positions_BxT)
         if from_0_on and self.config.n_positions >= T:
             position_BxTxD = self.wpe.embedding[None, :T]
@@ -708,13 +709,15 @@ class FlaxGPT2LMHeadModule(nn.Module):
     fused_attention: str | None = None  # FlaxGPT2Attention's `fused`
     kernels: bool = False  # Pallas's, of LayerNorm and of head_loss.cross_entropy_sum
     scanned: bool = False  # FlaxGPT2BlockCollection's
+    # Tables are cast before they are read, so that their gradient is of the type `dtype`, too.
+    embeds_in_dtype: bool = False
 
     def setup(self):
         config = self.config
         self.transformer = FlaxGPT2Module(
             config, self.dtype, self.hf_flax_compat, self.gradient_checkpointing,
             self.attention_checkpointing, self.keeps_little, self.gather, self.fused_attention,
-            self.kernels, self.scanned,
+            self.kernels, self.scanned, self.embeds_in_dtype,
         )  # fmt: skip
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(

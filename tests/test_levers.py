@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2_flax import fsdp, parallel, step
-from gpt2_flax.model import FlaxGPT2LMHeadModule
+from gpt2_flax.model import ACTIVATIONS, FlaxGPT2LMHeadModule, _in_float32
 from tests.test_step import T, random_batches
 
 DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2)
@@ -123,6 +123,31 @@ def test_each_layer_and_each_step_has_masks_of_its_own(tiny_config):
 
 
 # ---------------------------------------------------------------- bfloat16
+
+
+@pytest.mark.parametrize("in_dtype", [False, True])
+def test_the_gradient_of_an_id_that_comes_often_is_summed_in_float32(tiny_config, in_dtype):
+    """A row's sum of a thousand like numbers; cast to bfloat16 first it stops far below."""
+    config = tiny_config(n_layer=1, n_positions=1024, tie_word_embeddings=False)
+    params, ids = initial(config), jnp.full((1, 1024), 7)
+
+    def total(params, dtype):
+        module = FlaxGPT2LMHeadModule(config, dtype, embeds_in_dtype=in_dtype)
+        embedded = module.bind({"params": params}).transformer._embedded(ids, None)
+        return (embedded.astype(jnp.float32) * 1.01).sum()
+
+    found = jax.grad(total)(params, jnp.bfloat16)["transformer"]["wte"]["embedding"][7]
+    error = abs(found / (1024 * 1.01) - 1).max()
+    assert error > 0.1 if in_dtype else error < 0.01
+
+
+def test_an_activation_is_rounded_once(tiny_config):
+    x = jnp.linspace(-6, 6, 4001).astype(jnp.bfloat16)
+    exact = ACTIVATIONS["gelu_new"](x.astype(jnp.float32))
+    np.testing.assert_array_equal(
+        _in_float32(ACTIVATIONS["gelu_new"], x), exact.astype(jnp.bfloat16)
+    )
+    assert (ACTIVATIONS["gelu_new"](x) != exact.astype(jnp.bfloat16)).mean() > 0.1
 
 
 def test_matrices_are_cast_once_a_step_and_not_in_each_micro_batch(tiny_config):
