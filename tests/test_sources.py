@@ -844,6 +844,17 @@ def test_a_share_that_begins_with_a_document_is_exact(tmp_path):
         assert documents(train, CUTS) == [*"012345"] and documents(held_out, CUTS) == [*"67"]
 
 
+@pytest.mark.parametrize("kind", [*KINDS])
+@pytest.mark.parametrize(("n_files", "share"), [(2, 0.5), (4, 0.25), (4, 0.75)])
+def test_a_share_that_begins_with_a_file_is_exact(tmp_path, kind, n_files, share):
+    texts = [["one document.", "and another."] for _ in range(n_files)]
+    train, held_out = make(kind, tmp_path, *texts).split(share)
+    n_held_out = 2 * int(n_files * share)
+    whole = [text for part in texts for text in part]
+    assert documents(train, CUTS) == whole[:-n_held_out]
+    assert documents(held_out, CUTS) == whole[-n_held_out:]
+
+
 def test_the_last_line_of_json_is_held_out_whole_however_long(tmp_path):
     train, held_out = make("jsonl", tmp_path, ["a", "b", "c" * 999]).split(0.05)
     assert documents(train, CUTS) == ["a", "b"] and documents(held_out, CUTS) == ["c" * 999]

@@ -439,6 +439,8 @@ def find_cut(paths: list, reader, share: float) -> int:
     while place >= sizes[number]:
         place -= sizes[number]
         number += 1
+    if number and not place:
+        return number * FILE
     behind = sum(sizes[number + 1 :])
     found = reader.next_document(paths[number], place)
     if found is not None and found < sizes[number]:
