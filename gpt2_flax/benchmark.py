@@ -15,9 +15,11 @@ import time
 
 import numpy as np
 
+from gpt2_flax import huge_pages
 from gpt2_flax.errors import StorageError, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+AS_TRAIN_PY = "ours", "jit", "fsdp", "checkpoint"  # cells that run as scripts/train.py does
 TOKENIZE_MB = 16  # of text, in a cell that tokenizes
 
 
@@ -106,6 +108,8 @@ def checkpoint(settings: dict) -> dict:
 
 def of_training(cell: str, settings: dict, variables: dict | None = None) -> dict:
     settings = settings | {"began": time.time()}
+    if cell in AS_TRAIN_PY:
+        variables = (variables or {}) | huge_pages.variables()
     return in_fresh_process(cell, settings, "gpt2_flax.benchmark_train", variables)
 
 

@@ -20,7 +20,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_flax import generation, memory, weights
 from gpt2_flax.errors import MissingFileError, UserError
-from gpt2_flax.model import FlaxGPT2LMHeadModule, FlaxGPT2Module, check_config, empty_cache
+from gpt2_flax.model import (
+    FlaxGPT2LMHeadModule,
+    FlaxGPT2Module,
+    check_config,
+    empty_cache,
+    parameter_shapes,
+)
 from gpt2_flax.model_config import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -572,8 +578,7 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
 
 def param_shapes(config) -> dict:
     """The tree of a model's parameter shapes and types; nothing is computed."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(FlaxGPT2LMHeadModule(config).init, jax.random.key(0), ids)["params"]
+    return parameter_shapes(FlaxGPT2LMHeadModule(config))
 
 
 def check_room(shapes: dict, where: str) -> None:

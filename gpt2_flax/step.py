@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt2_flax import devices, head_loss
+from gpt2_flax.model import parameter_shapes
 
 
 class TrainState(NamedTuple):
@@ -30,6 +31,12 @@ def init_state(key, model, optimizer) -> TrainState:
 
 def state_from_params(params, optimizer) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def state_shapes(model, optimizer) -> TrainState:
+    """Shapes and types of `init_state`'s arrays; nothing is computed."""
+    make = functools.partial(state_from_params, optimizer=optimizer)
+    return jax.eval_shape(make, parameter_shapes(model))
 
 
 def loss_sum(params, batch, key, model, logits_at_once: int | None = None):

@@ -345,13 +345,7 @@ META_TYPES = {
 
 def restore(run, checkpoints, config, rows, tokenizer, given_params):
     """(state, meta) to go on from: the newest checkpoint's, or those of a new run."""
-    if given_params is None:
-        make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
-        argument = jax.random.key(config.seed)
-    else:
-        make = functools.partial(step.state_from_params, optimizer=run.optimizer)
-        argument = given_params
-    shapes = jax.eval_shape(make, argument)
+    shapes = step.state_shapes(run.module, run.optimizer)
     like = parallel.shapes_on_devices(shapes, run.engine)
     restored = checkpoints.restore_latest(like._asdict())
     data = {"text": rows.fingerprint, "tokenizer": tokenizer.fingerprint}
@@ -384,6 +378,12 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         **metrics.NOTHING_BEFORE,
         "seconds_a_step": run.seconds_a_step,
     }
+    if given_params is None:
+        make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
+        argument = jax.random.key(config.seed)
+    else:
+        make = functools.partial(step.state_from_params, optimizer=run.optimizer)
+        argument = given_params
     return parallel.make_state(make, argument, run.engine), meta
 
 

@@ -5,6 +5,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from gpt2_flax import huge_pages
 from gpt2_flax.config import dump_yaml, load_config
 from gpt2_flax.errors import run_main
 from gpt2_flax.imports import leave_out_torch
@@ -25,4 +26,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    huge_pages.start_again()
     sys.exit(run_main(main, sys.argv[1:]))

@@ -26,6 +26,15 @@ def make_optimizer(learning_rate=1e-2, grad_clip=1.0):
     )
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
+def test_shapes_of_a_state_need_no_state(tiny_config, name):
+    model = FlaxGPT2LMHeadModule(tiny_config())
+    optimizer = optim.make_optimizer(name, optax.constant_schedule(1e-3), 0.1, 0.9, 0.95, 1e-8, 1)
+    make = functools.partial(step.init_state, model=model, optimizer=optimizer)
+    expected = jax.eval_shape(make, jax.random.key(0))
+    assert step.state_shapes(model, optimizer) == expected
+
+
 def random_batches(n_rows, count, seed=0, T=T):
     rng = np.random.default_rng(seed)
     for _ in range(count):

@@ -156,8 +156,12 @@ class Tokenizer:
         # Settings that a tokenizer.json carries along; they would cut off every piece of text.
         fast.backend_tokenizer.no_truncation()
         fast.backend_tokenizer.no_padding()
-        self.encoder = Encoder(fast.backend_tokenizer)
         self.fingerprint = hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """Made when it is needed: a run whose text is tokenized already does not."""
+        return Encoder(self.fast.backend_tokenizer)
 
     @functools.cached_property
     def cuts(self) -> Cuts:
