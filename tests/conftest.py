@@ -5,9 +5,14 @@ import pathlib
 import sys
 import tempfile
 
-# Before JAX starts. Tests never reach out: whoever needs a hub starts one.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before JAX starts. Tests never reach out: whoever needs a hub starts one. Half of the time of
+# most of them would be LLVM's optimization; the nursery's runs have it always, others by --full.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        *([] if "--full" in sys.argv else ["--xla_backend_optimization_level=0"]),
+    ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,6 +33,7 @@ jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+os.environ["COMPILED_BY_NURSERIES"] = os.path.join(COMPILED.name, "nurseries")
 # Oracles are compared at full precision; on CPU this changes nothing.
 jax.config.update("jax_default_matmul_precision", "highest")
 

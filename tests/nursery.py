@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 class Nursery:
     def __init__(self, folder: pathlib.Path, preload: tuple[str, ...] = (), **variables: str):
-        """folder: where the runs' output and the compiled programs go.
+        """folder: where the runs' output goes, and compiled programs unless all share them.
 
         preload: modules to import beside those of training. variables: of the environment.
         """
@@ -29,7 +29,9 @@ class Nursery:
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_ENABLE_COMPILATION_CACHE": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+                "COMPILED_BY_NURSERIES", str(folder / "compiled")
+            ),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "HF_HOME": str(folder / "hf_home"),

@@ -400,7 +400,13 @@ def test_hidden_states_and_attentions_are_pytorchs(tiny_config):
     assert len(in_order) == 3 and len(in_order[1]) == 3
 
 
-@pytest.mark.parametrize("changes", [{}, {"add_cross_attention": True}], ids=["self", "cross"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="self"),
+        pytest.param({"add_cross_attention": True}, id="cross", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize(
     ("kind", "share", "attn_pdrop"),
     [
