@@ -1,13 +1,17 @@
 """Ways to compute the same faster, or with less: each against the plain one."""
 
+import collections
 import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_flax import fsdp, parallel, step
+from gpt2_flax import devices, fsdp, parallel, plan, step
+from gpt2_flax.config import TrainConfig
 from gpt2_flax.model import ACTIVATIONS, FlaxGPT2LMHeadModule, _in_float32
 from tests.test_step import T, random_batches
 
@@ -172,3 +176,27 @@ def test_matrices_are_cast_once_a_step_and_not_in_each_micro_batch(tiny_config):
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02), gradient,
                  expected)  # fmt: skip
+
+
+def instructions(compiled) -> list[str]:
+    """Those of a compiled program, but for the names of values and where in the code they are."""
+    text = re.sub(r", metadata={[^}]*}", "", compiled.as_text())
+    lines = [line for line in text.splitlines() if " = " in line and "%" in line]
+    names = itertools.count()
+    numbers = collections.defaultdict(lambda: f"%{next(names)}")
+    return re.sub(r"%[\w.-]+", lambda found: numbers[found[0]], "\n".join(lines)).splitlines()
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
+def test_on_one_device_pmap_and_jit_run_the_same_program(tiny_config, monkeypatch, dtype):
+    monkeypatch.setattr(devices, "_imagined", jax.devices()[:1])
+    programs = []
+    for engine in ("pmap", "jit"):
+        settings = TrainConfig(batch_size=2, dtype=dtype, parallel=engine)
+        module = plan.make_module(settings, tiny_config(resid_pdrop=0.1))
+        make, update = plan.trial(settings, module)
+        state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)), engine)
+        batch = parallel.batch_shapes(plan.blank_batch(2, 5), 1, engine)
+        programs.append(instructions(update.lower(state, batch).compile()))
+    assert len(programs[0]) > 1000
+    assert programs[0] == programs[1]
