@@ -32,9 +32,12 @@ def variables() -> dict[str, str]:
 def start_again() -> None:
     """Begin this script anew, in the same process, with `variables`; before any long import.
 
-    Not where the script isn't what the process was started for, as in a notebook.
+    Not where the script isn't what the process was started for, as in a notebook, nor under a
+    debugger, which would lose it.
     """
     added = variables()
+    if sys.gettrace() is not None or "pydevd" in sys.modules:
+        return
     if added and sys.argv[0] in sys.orig_argv and sys.executable:
         with contextlib.suppress(OSError):  # then without
             os.execve(sys.executable, sys.orig_argv, os.environ | added)

@@ -68,6 +68,21 @@ def test_what_was_not_started_as_a_script_is_left_alone(mode, monkeypatch):
     huge_pages.start_again()
 
 
+def test_a_debugger_keeps_its_process(mode, monkeypatch):
+    mode("always [madvise] never")
+    monkeypatch.setattr(os, "execve", lambda *arguments: pytest.fail("started again"))
+    monkeypatch.setattr(sys, "argv", [sys.orig_argv[-1]])
+    monkeypatch.setitem(sys.modules, "pydevd", object())
+    huge_pages.start_again()
+    monkeypatch.delitem(sys.modules, "pydevd")
+    before = sys.gettrace()
+    sys.settrace(lambda *arguments: None)
+    try:
+        huge_pages.start_again()
+    finally:
+        sys.settrace(before)
+
+
 def test_without_an_interpreter_to_start_it_goes_on(mode, monkeypatch, tmp_path):
     mode("always [madvise] never")
     monkeypatch.setattr(sys, "argv", [sys.orig_argv[-1]])
