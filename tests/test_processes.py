@@ -29,7 +29,7 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(nursery, text):
     """Start the processes of a run; what differs between them is given as lists."""
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(start, tmp_path):
 
 
 def test_a_signal_to_one_of_two_stops_both_at_the_same_step(start, tmp_path, full):
-    n_stops = 25 if full else 4
+    n_stops = 25 if full else 2
     length = {"max_steps": 30 * n_stops, "save_every": 25, "eval_every": 40}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     runs = start(unbroken, 2, 1, **length)
@@ -173,7 +173,7 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(start, tmp_path, ful
             time.sleep(0.01)
         time.sleep(rng.random())
         asked = time.monotonic()
-        runs[n // 2 % 2].kill(number)
+        runs[(n + n // 2) % 2].kill(number)  # either signal to either
         assert wait_for_all(runs) == [128 + number] * 2, [run.text() for run in runs]
         assert time.monotonic() - asked < PATIENCE
         made = max(steps_of(broken))
@@ -188,18 +188,26 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(start, tmp_path, ful
     assert ledger(broken) == ledger(unbroken)
 
 
+SIXTY = {"max_steps": 60, "save_every": 10}
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, tmp_path_factory):
+    """60 steps of two processes that nobody disturbs."""
+    output_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    assert wait_for_all(start(output_dir, 2, 1, **SIXTY)) == [0, 0]
+    return output_dir
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [1, 0])
 def test_who_loses_another_process_ends_and_the_run_goes_on_afterwards(
-    start, tmp_path, number, victim, full
+    start, unbroken, tmp_path, number, victim, full
 ):
-    length = {"max_steps": 60, "save_every": 10}
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    runs = start(unbroken, 2, 1, **length)
-    assert wait_for_all(runs) == [0, 0]
+    broken = tmp_path / "broken"
     for n in range(5 if full else 1):
         patience = 30 if full else 4
-        runs = start(broken, 2, 1, hook=["lose_patience", patience, 0.1], **length)
+        runs = start(broken, 2, 1, hook=["lose_patience", patience, 0.1], **SIXTY)
         began, wanted = time.monotonic(), 5 + max(steps_of(broken), default=0)
         while max(steps_of(broken), default=0) < wanted + n and time.monotonic() < began + 60:
             time.sleep(0.02)
@@ -215,7 +223,7 @@ def test_who_loses_another_process_ends_and_the_run_goes_on_afterwards(
         named = rf"error: process {victim} \(number \d+ on .*, at step \d+\) (has not|is gone)"
         assert re.search(named, said), said
         assert "Traceback" not in said
-    runs = start(broken, 2, 1, **length)
+    runs = start(broken, 2, 1, **SIXTY)
     assert wait_for_all(runs) == [0, 0], runs[0].text()
     np.testing.assert_equal(learned(broken), learned(unbroken))
     assert steps_of(broken) == [*range(1, 61)]
