@@ -832,8 +832,8 @@ class FlaxGPT2LMHeadModule(nn.Module):
 def parameter_shapes(module) -> dict:
     """The tree of shapes and types of a FlaxGPT2Module's parameters, or of one's with a head.
 
-    As `init` has them. Only one block is traced, since all are alike: 0.1 s instead of 0.5 at
-    124M.
+    As `init` has them. Only one block is traced, since all are alike: at 124M in 0.2 s instead
+    of 0.6, medians of three processes.
     """
     config = copy.copy(module.config)
     config.n_layer = 1

@@ -31,6 +31,7 @@ def mode(tmp_path, monkeypatch):
     """Has the system say when it gives huge pages; nobody has asked for any."""
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(huge_pages, "MODES", tmp_path / "enabled")
+    monkeypatch.setattr(sys, "gettrace", lambda: None)  # whoever watches these tests
     return (tmp_path / "enabled").write_text
 
 
@@ -75,12 +76,8 @@ def test_a_debugger_keeps_its_process(mode, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydevd", object())
     huge_pages.start_again()
     monkeypatch.delitem(sys.modules, "pydevd")
-    before = sys.gettrace()
-    sys.settrace(lambda *arguments: None)
-    try:
-        huge_pages.start_again()
-    finally:
-        sys.settrace(before)
+    monkeypatch.setattr(sys, "gettrace", lambda: print)
+    huge_pages.start_again()
 
 
 def test_without_an_interpreter_to_start_it_goes_on(mode, monkeypatch, tmp_path):

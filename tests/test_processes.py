@@ -195,7 +195,8 @@ SIXTY = {"max_steps": 60, "save_every": 10}
 def unbroken(start, tmp_path_factory):
     """60 steps of two processes that nobody disturbs."""
     output_dir = tmp_path_factory.mktemp("unbroken") / "run"
-    assert wait_for_all(start(output_dir, 2, 1, **SIXTY)) == [0, 0]
+    runs = start(output_dir, 2, 1, **SIXTY)
+    assert wait_for_all(runs) == [0, 0], runs[0].text()
     return output_dir
 
 
