@@ -125,9 +125,10 @@ def test_processes_and_devices_change_nothing_but_rounding(
 
 
 def test_a_run_goes_on_in_other_processes_and_by_other_engines(start, alone, tmp_path, full):
-    stages = [(1, 8, 5, "pmap"), (2, 2, 12, "fsdp"), (2, 1, 15, "jit"), (1, 2, 20, "pmap")]
+    # The step after which the signal comes; several processes stop stopping.LAG steps later.
+    stages = [(1, 8, 2, "pmap"), (2, 2, 12, "fsdp"), (2, 1, 15, "jit"), (1, 2, 20, "pmap")]
     if full:
-        stages[1:1] = [(4, 1, 6, "jit"), (1, 4, 7, "fsdp"), (4, 2, 9, "pmap"), (1, 1, 10, "jit")]
+        stages[1:1] = [(4, 1, 3, "jit"), (1, 4, 6, "fsdp"), (4, 2, 7, "pmap"), (1, 1, 10, "jit")]
     for count, devices, step, engine in stages:
         if count == 1 and step == 20:  # as a kill leaves it
             (tmp_path / "run" / processes.FOLDER).mkdir()

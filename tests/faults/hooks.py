@@ -65,6 +65,19 @@ def slow_down(seconds: float) -> None:
     follow(metrics.Meter, "add", lambda self, n, values: time.sleep(seconds))
 
 
+def hold(step: int, path: str) -> None:
+    """Wait after a step for as long as there is a file, made then, which a test takes away."""
+    from gpt2_flax import metrics
+
+    def also(self, n, values):
+        if n == step:
+            open(path, "x").close()
+            while os.path.exists(path):
+                time.sleep(0.01)
+
+    follow(metrics.Meter, "add", also)
+
+
 def fail_in_step(step: int) -> None:
     from gpt2_flax import metrics
 

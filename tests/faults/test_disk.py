@@ -57,7 +57,7 @@ def tree(folder: pathlib.Path) -> dict[str, str]:
 
 @pytest.fixture
 def start(nursery, text, disk):
-    def start(n_steps=N_STEPS, **more):
+    def start(n_steps=N_STEPS, hook=None, **more):
         settings = (
             SETTINGS
             | WIDE
@@ -68,9 +68,19 @@ def start(nursery, text, disk):
                 "cache_dir": disk.parent / "cache",
             }
         )
-        return nursery.start(as_argv(settings | more), hook=["slow_down", 0.05])
+        return nursery.start(as_argv(settings | more), hook=hook)
 
     return start
+
+
+@contextlib.contextmanager
+def held(start, disk, step: int, saved: int | None):
+    """A run that is held after a step, with another one saved."""
+    path = disk.parent / "held"
+    run = start(hook=["hold", step, str(path)])
+    wait_until(run, lambda: path.exists() and (not saved or is_saved(disk / "run", saved)))
+    yield run
+    path.unlink()
 
 
 def wait_until(run, condition):
@@ -95,12 +105,9 @@ def assert_refused(run, disk, before, words):
 
 @pytest.mark.parametrize("at", [10, 20, 40])
 def test_a_full_disk_at_the_first_a_middle_and_the_last_save(start, disk, at):
-    run = start()
-    ledger = disk / "run" / "ledger.jsonl"
-    wait_until(run, lambda: ledger.exists() and ledger.read_text().count("\n") >= at - 4)
-    wait_until(run, lambda: is_saved(disk / "run", at - 10) or at == 10)
-    before = tree(disk / "run" / "checkpoints") if at > 10 else {}
-    fill(disk, but=1_000_000)
+    with held(start, disk, at - 2, saved=at - 10) as run:
+        before = tree(disk / "run" / "checkpoints") if at > 10 else {}
+        fill(disk, but=1_000_000)
     assert_refused(run, disk, before, "cannot save a checkpoint in ")
     assert "No space left on device\n  0.005 GB are needed and 0.0" in run.text()
     assert saved_steps(disk / "run") == [*range(10, at, 10)]
@@ -146,11 +153,10 @@ def test_a_disk_that_may_only_be_read(start, disk):
 
 
 def test_a_checkpoint_folder_that_becomes_read_only(start, disk):
-    run = start()
     folder = disk / "run" / "checkpoints"
-    wait_until(run, lambda: is_saved(disk / "run", 10))
-    before = tree(folder / "10")
-    assert mount("--bind", folder, folder) and mount("-o", "remount,bind,ro", folder)
+    with held(start, disk, 15, saved=10) as run:
+        before = tree(folder / "10")
+        assert mount("--bind", folder, folder) and mount("-o", "remount,bind,ro", folder)
     try:
         assert run.wait() == 4, run.text()
         assert "Read-only file system" in run.text() and "Traceback" not in run.text()
