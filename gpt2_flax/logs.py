@@ -20,6 +20,7 @@ class Logs:
         """
         self.writes, self.sampler = writes, sampler
         self.sampled = -1  # the step of the last sample
+        self.drawn = None  # the rows of the last curves
         if not writes:
             return
         self.plot = pathlib.Path(output_dir) / curves.PLOT_FILE
@@ -61,8 +62,10 @@ class Logs:
             self.reporter.text(step, "sample", text)
 
     def draw(self) -> None:
-        if self.writes:
-            curves.draw(self.rows(), self.plot)
+        """The curves, unless nothing was written since they were drawn."""
+        if self.writes and (rows := self.rows()) != self.drawn:
+            curves.draw(rows, self.plot)
+            self.drawn = rows
 
     def rows(self) -> list[dict]:
         return metrics.read_log(self.numbers.path)

@@ -63,6 +63,24 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="all cases, faults in their full number")
 
 
+def pytest_configure(config):
+    config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    """Name a failed test when it fails: a long run that is broken off has said so by then."""
+
+    def __init__(self, config):
+        self.plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report):
+        terminal = self.plugins.get_plugin("terminalreporter")  # made after this object
+        if report.failed and terminal:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = crash.message.splitlines()[0] if crash and crash.message else ""
+            terminal.write_line(f"\n{report.when} of {report.nodeid} failed: {said}")
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave out what is marked `full`, but for --full."""
     if not config.getoption("--full"):

@@ -41,7 +41,7 @@ def read_ledger(output_dir) -> list[dict]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_is_used_once_an_epoch_through_kills(nursery, text, tmp_path, full, kind):
-    n_kills = 20 if full else 8
+    n_kills = 20 if full else 4
 
     def start(output_dir, devices):
         settings = SETTINGS | KINDS[kind] | {"train_file": text, "output_dir": output_dir}

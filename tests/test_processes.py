@@ -98,21 +98,19 @@ def alone(nursery, text, tmp_path_factory):
 @pytest.mark.parametrize(
     ("count", "devices", "settings"),
     [
-        (1, 1, {"grad_accum": 8}),
-        (2, 4, {}),
-        (4, 2, {}),
-        (2, 1, {"grad_accum": 4, "parallel": "jit"}),
-        (2, 4, {"parallel": "jit"}),
-        (2, 2, {"grad_accum": 2, "parallel": "fsdp"}),
-        (4, 2, {"parallel": "fsdp"}),
+        pytest.param(1, 1, {"grad_accum": 8}, id="1 x 1"),
+        pytest.param(2, 4, {}, id="2 x 4"),
+        pytest.param(2, 2, {"grad_accum": 2, "parallel": "fsdp"}, id="2 x 2, fsdp"),
+        pytest.param(2, 1, {"grad_accum": 4, "parallel": "jit"}, id="2 x 1, jit"),
+        # Eight devices of as many threads take a minute.
+        pytest.param(4, 2, {}, id="4 x 2", marks=pytest.mark.full),
+        pytest.param(2, 4, {"parallel": "jit"}, id="2 x 4, jit", marks=pytest.mark.full),
+        pytest.param(4, 2, {"parallel": "fsdp"}, id="4 x 2, fsdp", marks=pytest.mark.full),
     ],
-    ids=["1 x 1", "2 x 4", "4 x 2", "2 x 1, jit", "2 x 4, jit", "2 x 2, fsdp", "4 x 2, fsdp"],
 )
 def test_processes_and_devices_change_nothing_but_rounding(
-    start, alone, tmp_path, count, devices, settings, full
+    start, alone, tmp_path, count, devices, settings
 ):
-    if count * devices == 8 and (count == 4 or settings) and not full:
-        pytest.skip("with --full only: eight devices of as many threads take a minute")
     runs = start(tmp_path / "run", count, devices, **settings)
     assert wait_for_all(runs) == [0] * count, runs[0].text()
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
@@ -201,8 +199,15 @@ def unbroken(start, tmp_path_factory):
     return output_dir
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        (0, signal.SIGKILL),
+        (1, signal.SIGSTOP),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.full),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.full),
+    ],
+)
 def test_who_loses_another_process_ends_and_the_run_goes_on_afterwards(
     start, unbroken, tmp_path, number, victim, full
 ):

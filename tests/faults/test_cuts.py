@@ -10,7 +10,7 @@ from tests.faults.runs import SETTINGS, as_argv, is_saved, learned, steps_of
 N_STEPS = 24
 # The steps after which a run of 24 is stopped. Its evaluations are at 6, 12, 18 and 24, its saves
 # at 5, 10, 15, 20 and 24, its epochs end inside steps 8 and 16; each step has two micro-batches.
-CUTS = [(8,), (12, 13, 20), (5, 6)]
+CUTS = {1: [(12, 13, 20)], 4: [(8,), (5, 6)]}  # by the devices; with --full all on each
 MORE_CUTS = [(1,), (2,), (7,), (9,), (10,), (16,), (17,), (18,), (23,), (3, 4), (6, 12), (8, 16),
              (1, 2, 3), (7, 8, 9), (11, 12, 18), (15, 16, 24), (22, 23)]  # fmt: skip
 
@@ -24,7 +24,7 @@ def short_text(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", CUTS)
 def test_a_run_in_pieces_is_a_run(nursery, short_text, tmp_path, full, devices):
     def start(output_dir, hook=None):
         settings = SETTINGS | {
@@ -39,7 +39,7 @@ def test_a_run_in_pieces_is_a_run(nursery, short_text, tmp_path, full, devices):
     assert run.wait() == 0, run.text()
     expected, expected_cursor = learned(whole)
 
-    for cuts in CUTS + (MORE_CUTS if full else []):
+    for cuts in [*CUTS[1], *CUTS[4], *MORE_CUTS] if full else CUTS[devices]:
         pieces = tmp_path / "-".join(map(str, cuts))
         for cut in cuts:
             run = start(pieces, ["stop_after", cut])

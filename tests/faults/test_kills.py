@@ -17,9 +17,9 @@ SAVE_EVERY = SETTINGS["save_every"]
 # How often a kill comes where; (in the normal run, with --full).
 PLACES = {
     "before the first save": (1, 2),
-    "inside a save": (5, 25),
-    "inside a deletion": (2, 5),
-    "anywhere": (2, 18),
+    "inside a save": (3, 25),
+    "inside a deletion": (1, 5),
+    "anywhere": (1, 18),
 }
 
 
