@@ -6,12 +6,19 @@ import sys
 import tempfile
 
 # Before JAX starts. Tests never reach out: whoever needs a hub starts one. Half of the time of
-# most of them would be LLVM's optimization; the nursery's runs have it always, others by --full.
+# most of them would be LLVM's optimization; they have it by --full. (pytest-xdist's processes,
+# and the nursery's, find what the first one decided.)
+os.environ.setdefault(
+    "TESTS_XLA_FLAGS",
+    ""
+    if "--full" in sys.argv
+    else "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+)
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        *([] if "--full" in sys.argv else ["--xla_backend_optimization_level=0"]),
+        os.environ["TESTS_XLA_FLAGS"],
     ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -136,7 +136,8 @@ def live(request: dict) -> None:
     from tests.faults import hooks
 
     main = importlib.import_module(request["script"]).main
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
+    devices = f"--xla_force_host_platform_device_count={request['devices']}"
+    os.environ["XLA_FLAGS"] = f"{devices} {os.environ.get('TESTS_XLA_FLAGS', '')}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT)
     for descriptor in (1, 2):

@@ -92,7 +92,7 @@ def test_a_run_learns_the_same_with_kept_programs_and_without(tmp_path):
             "--save_every", "0", "--cache_dir", "cache", "--output_dir", name,
             "--compilation_cache", setting,
         ]  # fmt: skip
-        environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "1"}
+        environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "1", "XLA_FLAGS": ""}
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
         assert done.returncode == 0, done.stderr.decode()
         models[name] = (tmp_path / name / "model.safetensors").read_bytes()

@@ -101,8 +101,10 @@ def alone(nursery, text, tmp_path_factory):
         pytest.param(1, 1, {"grad_accum": 8}, id="1 x 1"),
         pytest.param(2, 4, {}, id="2 x 4"),
         pytest.param(2, 2, {"grad_accum": 2, "parallel": "fsdp"}, id="2 x 2, fsdp"),
-        pytest.param(2, 1, {"grad_accum": 4, "parallel": "jit"}, id="2 x 1, jit"),
-        # Eight devices of as many threads take a minute.
+        # These take up to a minute each.
+        pytest.param(
+            2, 1, {"grad_accum": 4, "parallel": "jit"}, id="2 x 1, jit", marks=pytest.mark.full
+        ),
         pytest.param(4, 2, {}, id="4 x 2", marks=pytest.mark.full),
         pytest.param(2, 4, {"parallel": "jit"}, id="2 x 4, jit", marks=pytest.mark.full),
         pytest.param(4, 2, {"parallel": "fsdp"}, id="4 x 2, fsdp", marks=pytest.mark.full),

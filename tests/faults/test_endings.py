@@ -20,6 +20,8 @@ WAYS = {
     "Ctrl-C": ("stop_after", 130, "saved step"),
     "a save that fails": ("fail_in_save", 4, "No space left on device"),
 }
+# They take the way of an exception in the step.
+ALIKE = {"an exception in an evaluation", "an exception in logging"}
 
 
 def settings(text, output_dir, **more):
@@ -29,7 +31,9 @@ def settings(text, output_dir, **more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.full] if way in ALIKE else []) for way in WAYS]
+)
 def test_exit_0_means_saved(nursery, text, tmp_path, full, way):
     hook, expected, words = WAYS[way]
     rng = random.Random(way)
@@ -67,7 +71,7 @@ def test_a_run_that_ends_by_itself_is_saved(nursery, text, tmp_path, full, lengt
         assert is_saved(output_dir, last) and (output_dir / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("devices", [4, 2])
+@pytest.mark.parametrize("devices", [4, pytest.param(2, marks=pytest.mark.full)])
 def test_a_flipped_bit_of_one_device_is_found(nursery, text, tmp_path, devices):
     """At the next comparison, and in any case before a save."""
     for name, step, more in (
