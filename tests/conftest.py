@@ -1,5 +1,6 @@
 """Eight CPU devices, strict ranks, no network, and the tiny things that tests share."""
 
+import collections
 import os
 import pathlib
 import sys
@@ -89,11 +90,17 @@ class FailuresAtOnce:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked `full`, but for --full."""
-    if not config.getoption("--full"):
-        left_out = [item for item in items if item.get_closest_marker("full")]
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=left_out)
+    """Leave out what is marked `full` or `thinned`, but for --full."""
+    if config.getoption("--full"):
+        return
+    seen, kept, left_out = collections.Counter(), [], []
+    for item in items:
+        thinned, test = item.get_closest_marker("thinned"), (item.path, item.originalname)
+        one_more = thinned is not None and seen[test] % thinned.args[0] != 0
+        seen[test] += 1
+        (left_out if one_more or item.get_closest_marker("full") else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

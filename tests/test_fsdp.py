@@ -105,6 +105,7 @@ def test_bytes_of_a_device_fall_with_their_number(tiny_config, monkeypatch):
         assert held[n] < 1.2 * held[1] / n, held
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("rate", [0.0, 0.2], ids=["plain", "dropout"])
 def test_losses_are_those_of_pmap(tiny_config, rate, micro_batches):

@@ -47,6 +47,7 @@ def assert_alike(got, expected, rtol=1e-5):
 # ---------------------------------------------------------------- layers in a scan
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("config", [{}, DROPOUT, {"n_inner": 7, "n_layer": 3}], ids=str)
 @pytest.mark.parametrize(
     "fields",

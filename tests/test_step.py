@@ -119,6 +119,7 @@ def one_device(request, tiny_config):
     return config, batches, losses
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("engine", "micro_batches"), [("pmap", 1), ("pmap", 2), ("jit", 1), ("jit", 2)]
 )
@@ -328,6 +329,7 @@ def padded_train_step(state, batch, *, model, **fixed):
     return step.train_step(state, batch, model=model, **fixed)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 # The same products, summed up in another order: in bfloat16 that may turn a rounding.
@@ -381,6 +383,7 @@ def test_the_compiled_steps_have_the_padded_size(tiny_config, engine):
             assert {31, 40} & {int(n) for shape in shapes for n in shape.split(",")} == sizes
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rate", [0.0, 0.3], ids=["plain", "dropout"])
 @pytest.mark.parametrize("changes", [{}, {"add_cross_attention": True}], ids=["self", "cross"])

@@ -406,6 +406,7 @@ def test_lengths_may_be_words(run, finished, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"9", "12"}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("length", [("--max_steps", "0.1 epochs"), ("--epochs", "0.1")], ids=str)
 def test_the_learning_rate_ends_with_the_last_step(run, text, tmp_path, length, accumulated):
