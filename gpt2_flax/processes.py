@@ -198,6 +198,22 @@ def together():
     raise error
 
 
+@contextlib.contextmanager
+def leaving_together():
+    """Context at whose end processes that come to it together wait for one another.
+
+    With the first goes what JAX's runtime is held together by: JAX aborts who is then still in
+    it, be it on the way to the same end.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if getattr(error, "ends_all", False):
+            jax.distributed.shutdown()
+        raise
+    jax.distributed.shutdown()
+
+
 def first_only(work):
     """What `work` gives in the first process, for all. Its errors end all."""
     value = None

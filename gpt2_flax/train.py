@@ -74,6 +74,7 @@ def train(config: TrainConfig) -> int:
         stop = cleanup.enter_context(stopping.StopRequest())
         cleanup.enter_context(never_left_early())
         cleanup.enter_context(checkpoint.quiet_closed_loops())
+        cleanup.enter_context(processes.leaving_together())
         processes.join(config)
         stop.of_several = processes.several()
         with processes.together():
