@@ -339,6 +339,7 @@ def test_a_directory_that_is_not_shared_is_refused(text, nursery, tmp_path):
 
 
 def test_processes_with_other_numbers_of_devices_are_refused(nursery, text, tmp_path):
+    """Also where the others have nobody left to ask by the time they know."""
     runs = []
     address = f"127.0.0.1:{free_port()}"
     for number in range(2):
@@ -346,7 +347,8 @@ def test_processes_with_other_numbers_of_devices_are_refused(nursery, text, tmp_
             "train_file": text, "output_dir": tmp_path / "run", "max_steps": 5,
             "num_processes": 2, "process_id": number, "coordinator_address": address,
         }  # fmt: skip
-        runs.append(nursery.start(as_argv(settings), devices=1 + number))
+        hook = ["linger", 3 * number]
+        runs.append(nursery.start(as_argv(settings), devices=1 + number, hook=hook))
     assert wait_for_all(runs) == [2, 2], [run.text() for run in runs]
     said = "".join(map(words, runs))
     assert said.count("the processes have 1, 2 devices") == 1

@@ -58,6 +58,13 @@ def fail_alone(step: int, process: int) -> None:
     follow(metrics.Meter, "add", also)
 
 
+def linger(seconds: float) -> None:
+    """Come later to what all processes refuse."""
+    from gpt2_flax import processes
+
+    precede(processes, "refuse_together", lambda *arguments: time.sleep(seconds))
+
+
 def slow_down(seconds: float) -> None:
     """Let each step take that much longer."""
     from gpt2_flax import metrics
