@@ -103,7 +103,7 @@ def test_a_run_without_held_out_text_has_samples_and_curves_too(run, tmp_path, m
     monkeypatch.setattr(draw, lambda rows, path: drawn.append(len(rows)) or path.write_bytes(b""))
     assert run(tmp_path, "--validation_share", "0", "--max_steps", "6") == 0
     assert list(SampleLog(tmp_path).read()) == [3, 6]
-    assert drawn == [1, 3, 3]  # rows at steps 3 and 6, and at the end
+    assert drawn == [1, 3]  # at steps 3 and 6; the end has nothing to add
 
 
 def test_no_sample_is_made_if_none_is_wanted(run, tmp_path, capsys):
