@@ -363,20 +363,17 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
 
     given: names of those that were given. doubtful: of those about which nothing is to be said.
     """
-    faults, doubtful = [], set(doubtful)
+    out_of_range = find_out_of_range(c)
+    faults = [fault for name, fault in out_of_range.items() if name not in doubtful]
+    doubtful = doubtful | out_of_range.keys()
+    faults += [
+        fault for names, holds, fault in relations(c) if not holds and doubtful.isdisjoint(names)
+    ]
+    return faults + find_secrets(c) + find_conflicts(c, given, doubtful)
 
-    def require(names, holds, message):
-        if not holds and doubtful.isdisjoint(names):
-            faults.append(message)
 
-    def require_each(names, holds, limits):
-        # Words have been looked through when they were read.
-        values = {name: getattr(c, name) for name in names}
-        wrong = [n for n, value in values.items() if not (is_words(value) or holds(value))]
-        for name in wrong:
-            require([name], False, f"{name} must be {limits}, got {getattr(c, name)}")
-        doubtful.update(wrong)
-
+def find_out_of_range(c: TrainConfig) -> dict[str, str]:
+    """name -> fault of the settings that are wrong by themselves."""
     at_least_1 = ("n_layers", "n_heads", "n_embd", "n_positions", "block_size", "batch_size",
                   "grad_accum", "log_every", "keep", "shuffle_window")  # fmt: skip
     at_least_0 = ("max_steps", "eval_every", "eval_rows", "save_every", "sample_tokens",
@@ -386,76 +383,66 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
                   "step_timeout", "logits_at_once", "pad_vocab_to_multiple_of")  # fmt: skip
     above_0 = ("learning_rate", "epochs", "adam_epsilon")
     shares = ("dropout", "beta1", "beta2", "validation_share")
-    require_each(at_least_1, lambda value: value >= 1, "at least 1")
-    require_each(at_least_0, lambda value: 0 <= value < float("inf"), "0 or more")
-    require_each(above_0, lambda value: 0 < value < float("inf"), "above 0")
-    require_each(shares, lambda value: 0 <= value < 1, "at least 0 and below 1")
     # Beyond these a float32 is infinite, or 0.
     scales = ("learning_rate", "min_learning_rate", "weight_decay", "grad_clip", "adam_epsilon")
-    require_each(scales, lambda value: value <= 1e30, "at most 1e30")
-    require_each(("adam_epsilon",), lambda value: value >= 1e-30, "at least 1e-30")
     counted = [name for name, kind in TYPES.items() if int in (kind, *typing.get_args(kind))]
-    require_each(
-        [*(name for name in counted if name != "seed"), "warmup_steps", "decay_steps"],
-        lambda value: value < 2**31,
-        "below 2**31",
-    )
-    require_each(("n_layers",), lambda value: value <= MAX_LAYERS, f"at most {MAX_LAYERS}")
-    require_each(("epochs",), lambda value: value <= 1e6, "at most 1000000")
-    require_each(("pad_vocab_to_multiple_of",), lambda value: value <= 2**16, "at most 65536")
-    require_each(("seed",), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
+    counted = [*(name for name in counted if name != "seed"), "warmup_steps", "decay_steps"]
+    limits = [
+        (at_least_1, lambda value: value >= 1, "at least 1"),
+        (at_least_0, lambda value: 0 <= value < float("inf"), "0 or more"),
+        (above_0, lambda value: 0 < value < float("inf"), "above 0"),
+        (shares, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        (scales, lambda value: value <= 1e30, "at most 1e30"),
+        (("adam_epsilon",), lambda value: value >= 1e-30, "at least 1e-30"),
+        (counted, lambda value: value < 2**31, "below 2**31"),
+        (("n_layers",), lambda value: value <= MAX_LAYERS, f"at most {MAX_LAYERS}"),
+        (("epochs",), lambda value: value <= 1e6, "at most 1000000"),
+        (("pad_vocab_to_multiple_of",), lambda value: value <= 2**16, "at most 65536"),
+        (("seed",), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+    ]
+    faults = {}
+    for names, holds, words in limits:
+        for name in names:
+            value = getattr(c, name)
+            # Words have been looked through when they were read.
+            if name not in faults and not is_words(value) and not holds(value):
+                faults[name] = f"{name} must be {words}, got {value}"
+    return faults
 
+
+def relations(c: TrainConfig):
+    """Yield (names of settings, whether they go together, the fault if not)."""
     for name in ("max_steps", "log_every"):
-        require(
-            {name},
-            not (is_words(getattr(c, name)) and durations.split(getattr(c, name))[0] == 0),
-            f"{name} must be above 0, got {getattr(c, name)}",
-        )
+        value = getattr(c, name)
+        is_none = is_words(value) and durations.split(value)[0] == 0
+        yield {name}, not is_none, f"{name} must be above 0, got {value}"
     parts = [value for value in (c.warmup_steps, c.decay_steps) if not is_words(value)]
-    require(
+    yield (
         {"warmup_steps", "decay_steps", "lr_schedule"},
         c.lr_schedule != "wsd" or len(parts) < 2 or max(parts) >= 1 or sum(parts) <= 1,
         f"warmup_steps {c.warmup_steps} and decay_steps {c.decay_steps} are over the whole run\n"
         "  lower one of the two shares",
     )
-    # The sizes of a model to start from are not known here.
-    if not c.init_from and doubtful.isdisjoint({"n_embd", "n_heads"}) and c.n_embd % c.n_heads:
-        below = c.n_embd - c.n_embd % c.n_heads
-        near = [width for width in (below, below + c.n_heads) if width]
-        faults.append(
-            f"n_embd {c.n_embd} is not divisible by n_heads {c.n_heads}\n"
-            f"  set n_embd to {' or '.join(map(str, near))}, or change n_heads"
-        )
-    require(
-        {"block_size", "n_positions"},
-        c.init_from or c.block_size <= c.n_positions,
-        f"block_size {c.block_size} is over n_positions {c.n_positions}\n"
-        "  lower block_size, or give the model as many positions",
-    )
-    require(
+    if not c.init_from:  # its sizes are not known here
+        yield from relations_of_sizes(c)
+    yield (
         {"min_learning_rate", "learning_rate"},
         c.min_learning_rate <= c.learning_rate,
         f"min_learning_rate {c.min_learning_rate} is over learning_rate {c.learning_rate}",
     )
-    require(
-        {"sample_tokens", "n_positions"},
-        c.init_from or c.sample_tokens < c.n_positions,
-        f"sample_tokens {c.sample_tokens} does not fit into n_positions {c.n_positions}\n"
-        "  lower sample_tokens; 0 for no sample",
-    )
-    require(
+    yield (
         {"attention", "dtype"},
         c.attention != "flash" or c.dtype == "bfloat16",
         f"attention flash needs dtype bfloat16, got {c.dtype}\n"
         "  change that, or leave it to --attention auto",
     )
-    require(
+    yield (
         {"attention", "dtype", "dropout"},
         c.attention != "cudnn" or (c.dtype == "bfloat16" and c.dropout == 0),
         f"attention cudnn needs dtype bfloat16 and dropout 0, got {c.dtype} and {c.dropout:g}\n"
         "  change those two, or leave it to --attention auto",
     )
-    require(
+    yield (
         {"topology", "batch_size"},
         not c.topology or c.batch_size != "auto",
         "batch_size auto needs to know the memory of a device, which topology does not say\n"
@@ -464,35 +451,62 @@ def find_faults(c: TrainConfig, given: set[str], doubtful: set[str]) -> list[str
     if c.tokenizer.startswith("bpe:"):
         size = c.tokenizer.removeprefix("bpe:")
         is_number = size.isascii() and size.isdigit() and len(size) < 9
-        require(
+        yield (
             {"tokenizer"},
             is_number and int(size) >= 257,
             f"tokenizer {plain(c.tokenizer)}: bpe:N needs N of at least 257"
             " (256 bytes and end-of-text)\n  for example --tokenizer bpe:8192",
         )
-    require(
+    yield (
         {"sample_prompt"},
         c.sample_prompt.isascii() or not re.search("[\ud800-\udfff]", c.sample_prompt),
         "sample_prompt is not UTF-8 text\n  is the terminal set to UTF-8?",
     )
-    faults += [] if {"num_processes", "process_id"} & doubtful else find_process_faults(c)
+    for fault in find_process_faults(c):
+        yield {"num_processes", "process_id"}, False, fault
     if c.profile:
-        span = profiled_steps(c.profile)
-        require(
-            {"profile"},
-            span is not None,
-            f"profile {plain(c.profile)}: expected first:last, the steps to trace\n"
-            f"  for example --profile 10:15; step 1 is the first, and {MAX_PROFILED} are the most",
+        yield from relations_of_profile(c)
+
+
+def relations_of_sizes(c: TrainConfig):
+    """The relations of what a model that is made anew is given."""
+    if c.n_heads > 0 and c.n_embd % c.n_heads:
+        below = c.n_embd - c.n_embd % c.n_heads
+        near = [width for width in (below, below + c.n_heads) if width]
+        yield (
+            {"n_embd", "n_heads"},
+            False,
+            f"n_embd {c.n_embd} is not divisible by n_heads {c.n_heads}\n"
+            f"  set n_embd to {' or '.join(map(str, near))}, or change n_heads",
         )
-        require(
-            {"profile", "max_steps"},
-            span is None
-            or not isinstance(c.max_steps, int)
-            or span[1] <= (c.max_steps or span[1]),
-            f"profile {plain(c.profile)} goes beyond max_steps {c.max_steps}\n"
-            "  trace earlier steps",
-        )
-    return faults + find_secrets(c) + find_conflicts(c, given, doubtful)
+    yield (
+        {"block_size", "n_positions"},
+        c.block_size <= c.n_positions,
+        f"block_size {c.block_size} is over n_positions {c.n_positions}\n"
+        "  lower block_size, or give the model as many positions",
+    )
+    yield (
+        {"sample_tokens", "n_positions"},
+        c.sample_tokens < c.n_positions,
+        f"sample_tokens {c.sample_tokens} does not fit into n_positions {c.n_positions}\n"
+        "  lower sample_tokens; 0 for no sample",
+    )
+
+
+def relations_of_profile(c: TrainConfig):
+    """The relations of `--profile`, which is given."""
+    span = profiled_steps(c.profile)
+    yield (
+        {"profile"},
+        span is not None,
+        f"profile {plain(c.profile)}: expected first:last, the steps to trace\n"
+        f"  for example --profile 10:15; step 1 is the first, and {MAX_PROFILED} are the most",
+    )
+    yield (
+        {"profile", "max_steps"},
+        span is None or not isinstance(c.max_steps, int) or span[1] <= (c.max_steps or span[1]),
+        f"profile {plain(c.profile)} goes beyond max_steps {c.max_steps}\n  trace earlier steps",
+    )
 
 
 def find_process_faults(c: TrainConfig) -> list[str]:
