@@ -1,6 +1,7 @@
 """What the tests of this folder ask of runs: their settings, their steps, what is saved."""
 
 import json
+import time
 
 from gpt2_flax import checkpoint, manifest, metrics
 from tests.test_train import learned
@@ -11,7 +12,10 @@ SETTINGS = {
     "eval_every": 30, "eval_rows": 8, "sample_tokens": 0, "ledger": "true",
 }  # fmt: skip
 
-__all__ = ["SETTINGS", "as_argv", "is_saved", "learned", "logged_steps", "steps_of"]
+__all__ = [
+    "SETTINGS", "as_argv", "is_saved", "learned", "logged_steps", "saved_steps", "steps_of",
+    "wait_until_saved",
+]  # fmt: skip
 
 
 def as_argv(settings: dict) -> list[str]:
@@ -42,3 +46,11 @@ def is_saved(output_dir, step: int) -> bool:
     except manifest.DamagedError:
         return False
     return True
+
+
+def wait_until_saved(run, output_dir, step: int) -> None:
+    """Return when the checkpoint of a step is whole, which takes its time beside the steps."""
+    began = time.monotonic()
+    while not is_saved(output_dir, step):
+        assert time.monotonic() < began + 60 and run.poll() is None, run.text()
+        time.sleep(0.05)

@@ -13,7 +13,7 @@ import pytest
 from gpt2_flax import train
 from gpt2_flax.config import COMMAND_ONLY, FIELDS, FREE_ON_RESUME, load_config
 from gpt2_flax.errors import UserError
-from tests.faults.runs import SETTINGS, as_argv, saved_steps
+from tests.faults.runs import SETTINGS, as_argv, wait_until_saved
 
 SECONDS = 5
 RUN = SETTINGS | {"max_steps": 20, "save_every": 5, "eval_every": 0}
@@ -49,10 +49,7 @@ def finished(nursery, text, tmp_path_factory):
 def test_a_second_trainer_is_told_who_is_there(nursery, text, tmp_path):
     settings = RUN | {"train_file": text, "output_dir": tmp_path / "run"}
     first = nursery.start(as_argv(settings), hook=["hang_in_step", 12])
-    began = time.monotonic()
-    while saved_steps(tmp_path / "run")[-1:] != [10]:
-        assert time.monotonic() < began + 60 and first.poll() is None, first.text()
-        time.sleep(0.05)
+    wait_until_saved(first, tmp_path / "run", 10)
     before = tree(tmp_path / "run")
     began = time.monotonic()
     second = nursery.start(as_argv(settings))

@@ -11,7 +11,15 @@ import time
 import numpy as np
 import pytest
 
-from tests.faults.runs import SETTINGS, as_argv, is_saved, learned, saved_steps, steps_of
+from tests.faults.runs import (
+    SETTINGS,
+    as_argv,
+    is_saved,
+    learned,
+    saved_steps,
+    steps_of,
+    wait_until_saved,
+)
 
 WORDS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 PATIENCE = 5  # seconds beside a step and a save, of which these are far below one
@@ -82,6 +90,8 @@ def test_a_second_ctrl_c_ends_at_once(nursery, text, tmp_path, where):
     began = time.monotonic()
     while "hanging" not in run.text() and time.monotonic() < began + 60:
         time.sleep(0.02)
+    if where == "while training":
+        wait_until_saved(run, tmp_path / "run", 10)
     run.kill(signal.SIGINT)
     if where == "while training":
         time.sleep(0.5)
