@@ -462,6 +462,11 @@ def relations(c: TrainConfig):
         c.sample_prompt.isascii() or not re.search("[\ud800-\udfff]", c.sample_prompt),
         "sample_prompt is not UTF-8 text\n  is the terminal set to UTF-8?",
     )
+    yield (
+        {"compilation_cache"},
+        c.compilation_cache.strip(),
+        "compilation_cache is empty\n  name a directory, or off",
+    )
     for fault in find_process_faults(c):
         yield {"num_processes", "process_id"}, False, fault
     if c.profile:

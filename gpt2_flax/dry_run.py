@@ -42,7 +42,7 @@ def dry_run(config) -> int:
 def show_run(config) -> int:
     model_config, _ = plan.choose_model(config, vocabulary_of(config), None)
     module = plan.make_module(config, model_config)
-    make, update = plan.trial(config, module)
+    make, update = plan.trial(config, module, plan.engine_of_plans(config))
     state = jax.eval_shape(make, jax.random.key(0))
     if config.show_sharding:
         show(sharding_lines(state, config.parallel))
@@ -144,9 +144,9 @@ def run_lines(config, model_config, state, update):
     batch = parallel.batch_shapes(
         plan.blank_batch(rows // jax.process_count(), config.block_size),
         config.grad_accum,
-        config.parallel,
+        plan.engine_of_plans(config),
     )
-    placed = parallel.shapes_on_devices(state, config.parallel)
+    placed = parallel.shapes_on_devices(state, plan.engine_of_plans(config))
     with memory.out_of_memory(lambda: too_large(config), plan.remedy_for_memory(config)):
         compiled = update.lower(placed, batch).compile()
     yield f"compiled in {time.perf_counter() - began:.0f} s for {n_devices} x {device_kind()}"

@@ -165,6 +165,11 @@ def compile_train_step(step: Callable, engine: str) -> Callable:
     return jax.jit(step_on_whole_batch, donate_argnums=(0,), out_shardings=replicated())
 
 
+def takes_shapes(engine: str) -> bool:
+    """Whether a step of this engine is lowered from shapes; pmap of several processes is not."""
+    return engine != "pmap" or jax.process_count() == 1
+
+
 def compile_eval_step(step: Callable, engine: str) -> Callable:
     """(params, batch with a leading device axis) -> sums over all devices."""
     if engine == "pmap":

@@ -277,12 +277,17 @@ def check_given_model(config: TrainConfig, model_config, tokenizer) -> None:
 # ---------------------------------------------------------------- measured before the first step
 
 
-def trial(config, module):
+def trial(config, module, engine: str | None = None):
     """(what makes a state, a step on many devices) of a run whose length is not known yet."""
     _, optimizer = make_optimizer(config, 1, lambda value: 1)
     make = functools.partial(step.init_state, model=module, optimizer=optimizer)
     update = functools.partial(step.train_step, **fixed_for_step(config, module, optimizer))
-    return make, parallel.compile_train_step(update, config.parallel)
+    return make, parallel.compile_train_step(update, engine or config.parallel)
+
+
+def engine_of_plans(config) -> str:
+    """The engine that tells a step's memory: the run's own, or jit, whose step takes as much."""
+    return config.parallel if parallel.takes_shapes(config.parallel) else "jit"
 
 
 def with_batch_size(config, module, rows_an_epoch: int | None, saved: int | None) -> TrainConfig:
@@ -305,8 +310,9 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
         allowed = [n for n in allowed if saved % (n_devices * n) == 0]
         if not allowed:
             return 1  # these devices cannot make up the run's steps: that is said elsewhere
-    make, update = trial(config, module)
-    state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)), config.parallel)
+    engine = engine_of_plans(config)
+    make, update = trial(config, module, engine)
+    state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)), engine)
     planned = {}
 
     def bytes_of(n):
@@ -314,7 +320,7 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
             micro_batches = saved // (n_devices * n) if saved else accumulated
             rows = len(devices.here()) * micro_batches * n
             batch = parallel.batch_shapes(
-                blank_batch(rows, config.block_size), micro_batches, config.parallel
+                blank_batch(rows, config.block_size), micro_batches, engine
             )
             planned[n] = memory.step_bytes(update.lower(state, batch).compile())
         return planned[n]

@@ -558,6 +558,7 @@ def test_an_endless_file_is_not_read_to_its_end():
             r"^sample_tokens 1024 does not fit into n_positions 1024\n  lower sample_tokens",
         ),
         ("--tokenizer bpe:256", r"^tokenizer bpe:256: .*N of at least 257.*\n.*bpe:8192$"),
+        ("--compilation_cache=", r"^compilation_cache is empty\n  name a directory, or off"),
         ("--tokenizer bpe:many", r"^tokenizer bpe:many: bpe:N needs"),
         ("--tokenizer bpe:", r"^tokenizer bpe:: bpe:N needs"),
         ("--tokenizer bpe:-300", r"^tokenizer bpe:-300: bpe:N needs"),
