@@ -140,13 +140,13 @@ def run_lines(config, model_config, state, update):
         f"step: {rows} rows, {tokens:,} tokens (devices {n_devices} x rows {config.batch_size}"
         f" x accumulated {config.grad_accum}), --parallel {config.parallel}"
     )
-    began = time.perf_counter()
+    began, engine = time.perf_counter(), plan.engine_of_plans(config)
     batch = parallel.batch_shapes(
         plan.blank_batch(rows // jax.process_count(), config.block_size),
         config.grad_accum,
-        plan.engine_of_plans(config),
+        engine,
     )
-    placed = parallel.shapes_on_devices(state, plan.engine_of_plans(config))
+    placed = parallel.shapes_on_devices(state, engine)
     with memory.out_of_memory(lambda: too_large(config), plan.remedy_for_memory(config)):
         compiled = update.lower(placed, batch).compile()
     yield f"compiled in {time.perf_counter() - began:.0f} s for {n_devices} x {device_kind()}"

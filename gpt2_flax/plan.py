@@ -286,7 +286,10 @@ def trial(config, module, engine: str | None = None):
 
 
 def engine_of_plans(config) -> str:
-    """The engine that tells a step's memory: the run's own, or jit, whose step takes as much."""
+    """The engine that tells a step's memory: the run's own, or jit in the place of pmap.
+
+    On two devices of a CPU, jit's small steps were planned at 3 to 6 % more than pmap's.
+    """
     return config.parallel if parallel.takes_shapes(config.parallel) else "jit"
 
 
