@@ -9,7 +9,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 
 from gpt2_flax import (
     devices,
@@ -22,12 +21,11 @@ from gpt2_flax import (
     processes,
     step,
 )
+from gpt2_flax.architecture import Architecture
 from gpt2_flax.config import TrainConfig
 from gpt2_flax.data import batches
 from gpt2_flax.errors import UserError, say
 from gpt2_flax.model import FlaxGPT2LMHeadModule
-from gpt2_flax.model_config import make_config
-from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 
 MOST_STEPS = 2**31 - 1  # the state counts them in an int32
 
@@ -36,7 +34,7 @@ MOST_STEPS = 2**31 - 1  # the state counts them in an int32
 class Run:
     """What the loop works with. Rows are counted over all devices and processes."""
 
-    model_config: transformers.GPT2Config
+    model_config: object  # an Architecture, or the GPT2Config of a model that was given
     module: FlaxGPT2LMHeadModule
     optimizer: object
     schedule: object
@@ -206,13 +204,15 @@ def keep_global_batch(saved: int, config: TrainConfig) -> int:
 
 
 def choose_model(config: TrainConfig, tokenizer, meta: dict | None):
-    """(GPT2Config, parameters to start from; None for random ones or a checkpoint's).
+    """(the model's settings, parameters to start from; None for random or a checkpoint's ones).
+
+    The settings are an Architecture, or the GPT2Config of the model to start from.
 
     meta: of the checkpoint that the run goes on from, if there is one.
     """
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     if not config.init_from:
-        model_config = transformers.GPT2Config(
+        model_config = Architecture(
             n_layer=config.n_layers,
             n_head=config.n_heads,
             n_embd=config.n_embd,
@@ -225,8 +225,12 @@ def choose_model(config: TrainConfig, tokenizer, meta: dict | None):
         return model_config, None
     # A run that goes on has its model in its checkpoints; the one it began from may be gone.
     if meta is not None:
+        from gpt2_flax.model_config import make_config
+
         model_config, params = make_config(meta["model"], "the checkpoint"), None
     else:
+        from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
+
         model, given = FlaxGPT2LMHeadModel.from_pretrained(config.init_from, _do_init=False)
         missing = model._missing_keys - {("lm_head", "kernel")}  # a base model has no head
         if missing:

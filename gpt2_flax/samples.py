@@ -1,12 +1,12 @@
 """samples.txt: how a model goes on with a fixed prompt, as training advances."""
 
+import functools
 import pathlib
 import re
 import unicodedata
 
-from gpt2_flax import generation
+from gpt2_flax.architecture import as_gpt2_config
 from gpt2_flax.errors import UserError
-from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 from gpt2_flax.run_files import replace_file
 
 SAMPLES_FILE = "samples.txt"
@@ -26,7 +26,7 @@ class Sampler:
 
         Raises UserError where the prompt leaves no position for a token.
         """
-        self.model = FlaxGPT2LMHeadModel(model_config, dtype=dtype, _do_init=False)
+        self.model_config, self.dtype = model_config, dtype
         self.tokenizer, self.prompt, self.seed = tokenizer, prompt, seed
         n_prompt = len(tokenizer.encode(prompt)) if prompt else 1
         room = model_config.n_positions - n_prompt
@@ -38,8 +38,18 @@ class Sampler:
             )
         self.n_tokens = min(n_tokens, room)
 
+    @functools.cached_property
+    def model(self):
+        """Made for the first sample, so that no start waits for transformers."""
+        from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
+
+        config = as_gpt2_config(self.model_config)
+        return FlaxGPT2LMHeadModel(config, dtype=self.dtype, _do_init=False)
+
     def sample(self, params, step: int) -> str:
         """The prompt and what follows it. params: on one device, or on the host."""
+        from gpt2_flax import generation
+
         text = generation.continue_text(
             self.model, self.tokenizer, self.prompt, self.n_tokens, TEMPERATURE, TOP_K, 1.0,
             self.seed, params=params, step=step,

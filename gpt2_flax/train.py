@@ -12,7 +12,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 import yaml
 
 from gpt2_flax import (
@@ -22,6 +21,7 @@ from gpt2_flax import (
     dry_run,
     durations,
     evaluate,
+    imports,
     memory,
     metrics,
     model_card,
@@ -38,11 +38,11 @@ from gpt2_flax import (
     step,
     stopping,
 )
+from gpt2_flax.architecture import as_gpt2_config
 from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml, profiled_steps
 from gpt2_flax.data import batches, opening, show
 from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError, say
 from gpt2_flax.logs import Logs
-from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 from gpt2_flax.settings import read_yaml, shown
 
 SETTINGS_FILE = "config.yaml"
@@ -575,8 +575,11 @@ def held_out_loss(run, config, params, held_out, n_rows, stop, watch) -> tuple[f
 
 def finish(run, params, tokenizer, output_dir, logs) -> None:
     """Export the model and draw the curves."""
+    from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
+
     params = jax.device_get(params)
-    model = FlaxGPT2LMHeadModel(run.model_config, dtype=run.module.dtype, params=params)
+    model_config = as_gpt2_config(run.model_config)
+    model = FlaxGPT2LMHeadModel(model_config, dtype=run.module.dtype, params=params)
     with run_files.storage_errors(f"{output_dir}/model.safetensors", checkpoint.bytes_of(params)):
         model.save_pretrained(output_dir)
         tokenizer.save(output_dir)
@@ -665,5 +668,4 @@ def quiet_libraries() -> None:
     """Our own words only: the libraries' notes to developers are not for who trains."""
     # What Orbax logs as an error it also raises, where it is put into words of ours.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    imports.quiet_transformers()

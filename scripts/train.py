@@ -8,7 +8,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from gpt2_flax import huge_pages
 from gpt2_flax.config import dump_yaml, load_config
 from gpt2_flax.errors import run_main
-from gpt2_flax.imports import leave_out_torch
+from gpt2_flax.imports import leave_out_torch, no_garbage
 from gpt2_flax.xla_flags import set_defaults
 
 
@@ -20,7 +20,8 @@ def main(argv: list[str]) -> int:
     if __name__ == "__main__":  # tests, which import this, compare with PyTorch
         leave_out_torch()
         set_defaults()
-    from gpt2_flax.train import train  # after a fault of the settings, which needs no JAX
+    with no_garbage():
+        from gpt2_flax.train import train  # after a fault of the settings, which needs no JAX
 
     return train(config)
 

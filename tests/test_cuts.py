@@ -58,7 +58,7 @@ def trained(model, trainer, normalizer=None, splitter=None) -> Tokenizer:
     if splitter:
         inner.pre_tokenizer = splitter
     inner.train_from_iterator([fuzz(seed) for seed in range(20)], trainer)
-    return Tokenizer(as_fast(inner), "trained")
+    return Tokenizer.of_fast(as_fast(inner), "trained")
 
 
 def like_llama_2():
@@ -286,7 +286,7 @@ def merging(*pairs: str):
     merged = {pair: 256 + n for n, pair in enumerate(pairs)}
     inner = byte_level(models.BPE(vocab=by_character | merged, merges=[*map(tuple, pairs)]))
     inner.add_special_tokens([EOS])
-    return Tokenizer(as_fast(inner), "merging")
+    return Tokenizer.of_fast(as_fast(inner), "merging")
 
 
 @pytest.mark.parametrize("text", ["x'sax", "x'reax", "x'llax", "x's'sax", "'veax", "-'sax"])

@@ -77,7 +77,7 @@ def with_ids_over_two_bytes():
     vocabulary = inner.get_vocab() | {"ab": 70_000}
     inner.model = type(inner.model)(vocab=vocabulary, merges=[("a", "b")])
     inner.add_special_tokens([EOS])
-    return Tokenizer(as_fast(inner), "large")
+    return Tokenizer.of_fast(as_fast(inner), "large")
 
 
 @pytest.mark.parametrize("make", [like_bert, with_ids_over_two_bytes])

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -22,18 +23,56 @@ def run(program: str) -> subprocess.CompletedProcess:
 def test_transformers_is_imported_as_if_there_were_no_pytorch():
     done = run(
         "from gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
-        "import gpt2_flax.train, sys\nassert 'torch' not in sys.modules\n"
-        "import torch, transformers\n"  # whoever wants it gets it
+        "import sys, transformers\nassert 'torch' not in sys.modules\n"
+        "import gpt2_flax.pretrained\nassert 'torch' not in sys.modules\n"
+        "import torch\n"  # whoever wants it gets it
         "assert not transformers.utils.is_torch_available()\nprint(torch.ones(2).sum())"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "tensor(2.)\n"
 
 
+def test_a_trainer_starts_without_transformers():
+    done = run("import gpt2_flax.train, sys\nassert 'transformers' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
 def test_who_has_imported_pytorch_keeps_it():
     done = run(
         "import torch\nfrom gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
         "import transformers\nassert transformers.utils.is_torch_available()"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_who_imports_pytorch_before_transformers_keeps_it():
+    done = run(
+        "from gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
+        "import torch, transformers\nassert transformers.utils.is_torch_available()"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("imported_before", [True, False])
+def test_transformers_is_quiet(imported_before):
+    before, after = "", "import transformers\n"
+    if imported_before:
+        before, after = after, before
+    done = run(
+        f"{before}from gpt2_flax.imports import quiet_transformers\nquiet_transformers()\n{after}"
+        "from transformers.utils import logging\nimport huggingface_hub\n"
+        "assert logging.get_verbosity() == logging.ERROR\n"
+        "assert not logging.is_progress_bar_enabled()\n"
+        "assert huggingface_hub.utils.are_progress_bars_disabled()"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_was_imported_is_no_garbage_afterwards():
+    done = run(
+        "import gc\nfrom gpt2_flax.imports import no_garbage\n"
+        "with no_garbage():\n    assert not gc.isenabled()\n    import email, json\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 1000"
     )
     assert done.returncode == 0, done.stderr
 
@@ -88,3 +127,23 @@ def test_the_flags_are_known_to_xla():
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     code = "import jax; jax.numpy.ones(3).block_until_ready()"
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_a_run_goes_on_without_transformers(tmp_path):
+    (tmp_path / "text.txt").write_text("a text of words, " * 200)
+    argv = (
+        f"--train_file {tmp_path}/text.txt --tokenizer bytes --n_layers 1 --n_embd 8 --n_heads 2"
+        f" --n_positions 16 --block_size 16 --batch_size 2 --max_steps 2 --sample_tokens 4"
+        f" --output_dir {tmp_path}/run --cache_dir {tmp_path}/cache"
+    ).split()
+    whole = f"import runpy\nmain = runpy.run_path('scripts/train.py')['main']\nmain({argv})"
+    done = run(whole)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    before_the_loop = (
+        "from gpt2_flax import train\nimport sys\n"
+        "train.loop = lambda *a: sys.exit(f\"{a[2].step} {'transformers' in sys.modules}\")\n"
+    )
+    done = run(before_the_loop + whole)
+    assert "continuing after step 1\n" in done.stderr
+    assert "sys.exit('1 False')" in done.stderr

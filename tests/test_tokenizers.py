@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import random
+import re
 import socket
 import sys
 from unittest import mock
@@ -22,6 +23,7 @@ from gpt2_flax.data.tokenizers import (
     Tokenizer,
     as_fast,
     byte_level,
+    load_saved,
     load_tokenizer,
     make_tokenizer,
     train_bpe,
@@ -237,7 +239,7 @@ def test_fingerprint_changes_with_the_vocabulary_and_the_rules():
         make_tokenizer("bytes", []),
         make_tokenizer("bpe:301", CORPUS),
         make_tokenizer("bpe:300", CORPUS[:2]),
-        Tokenizer(as_fast(rules), "rules"),
+        Tokenizer.of_fast(as_fast(rules), "rules"),
     ]
     assert len({bpe.fingerprint, *(other.fingerprint for other in others)}) == 5
 
@@ -271,6 +273,37 @@ def test_what_is_saved_is_what_transformers_and_we_load(tmp_path, tokenizer, in_
         assert auto(text)["input_ids"] == ids.tolist()
         assert auto.decode(ids) == text
     assert_same(load_tokenizer(str(tmp_path)), tokenizer)
+
+
+def test_a_run_s_own_tokenizer_is_loaded_as_it_was_saved(tmp_path, any_tokenizer):
+    any_tokenizer.save(tmp_path)
+    ours = load_saved(tmp_path)
+    assert "fast" not in vars(ours)  # without transformers
+    assert_same(ours, any_tokenizer)
+    assert_same(load_tokenizer(str(tmp_path)), ours)
+    text = "It's 12 small-ish words;\n\tand a tab."
+    assert ours.encode(text).tolist() == any_tokenizer.encode(text).tolist()
+    assert ours.decode(ours.encode(text)) == any_tokenizer.decode(any_tokenizer.encode(text))
+    ours.save(tmp_path / "again")
+    assert_same(load_saved(tmp_path / "again"), any_tokenizer)
+
+
+@pytest.mark.parametrize("settings", ["", "[]", "{}", '{"eos_token": {"content": "x"}}'])
+def test_a_run_s_own_tokenizer_is_left_to_transformers_where_it_is_not_plain(
+    tmp_path, tokenizer, settings
+):
+    tokenizer.save(tmp_path)
+    if settings:
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+    else:
+        (tmp_path / "tokenizer_config.json").unlink()
+    try:
+        expected = load_tokenizer(str(tmp_path))
+    except UserError as error:
+        with pytest.raises(UserError, match=re.escape(str(error))):
+            load_saved(tmp_path)
+    else:
+        assert_same(load_saved(tmp_path), expected)
 
 
 def test_a_tokenizer_json_alone_is_enough(tmp_path, tokenizer):
@@ -329,7 +362,7 @@ def test_every_id_is_below_the_vocabulary_size_though_ids_have_gaps():
     by_character = {char: n for n, char in enumerate(bytes_to_characters())}
     inner = byte_level(models.BPE(vocab=by_character | {"ab": 400}, merges=[("a", "b")]))
     inner.add_special_tokens([EOS])
-    tokenizer = Tokenizer(as_fast(inner), "gaps")
+    tokenizer = Tokenizer.of_fast(as_fast(inner), "gaps")
     assert tokenizer.encode("abc").tolist() == [400, ord("c")]
     assert tokenizer.vocab_size == 401
 

@@ -20,7 +20,7 @@ def open_text(config: TrainConfig):
 def open_tokenizer(config, output_dir, train_source, continuing: bool) -> tokenizers.Tokenizer:
     """The run's own tokenizer where it has one already, else the one that was asked for."""
     if continuing and (output_dir / tokenizers.TOKENIZER_FILE).is_file():
-        return tokenizers.load_tokenizer(str(output_dir))
+        return tokenizers.load_saved(output_dir)
     if not config.tokenizer.startswith("bpe:"):
         return tokenizers.make_tokenizer(config.tokenizer, ())
     if train_source is None:
@@ -39,7 +39,7 @@ def learned_tokenizer(config: TrainConfig, source) -> tokenizers.Tokenizer:
     name = config.tokenizer
     kept = cache_folder(config) / f"{digest(source.key, name)}.tokenizer.json"
     with contextlib.suppress(Exception):  # missing or damaged; the library raises plain Exception
-        return tokenizers.Tokenizer(tokenizers.as_fast(Learned.from_file(str(kept))), name)
+        return tokenizers.Tokenizer.of_fast(tokenizers.as_fast(Learned.from_file(str(kept))), name)
     say(f"learning {name.removeprefix('bpe:')} tokens from {source.name}")
     # A word cut in two once in a piece of text changes nothing to speak of here.
     cuts = tokenizers.make_tokenizer("bytes", ()).cuts

@@ -27,7 +27,7 @@ from gpt2_flax.data.cuts import (
 from gpt2_flax.errors import UserError
 
 EOS = "<|endoftext|>"
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 # What transformers opens of a directory.
 READ_FILES = re.compile(
     r"tokenizer.*\.json|vocab\.json|merges\.txt|added_tokens\.json|special_tokens_map\.json"
@@ -134,18 +134,17 @@ class Tokenizer:
     fingerprint: hex digest that changes with any change of the vocabulary or the rules.
     """
 
-    def __init__(self, fast, name: str):
-        eos = fast.eos_token_id
-        if eos is None:
+    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int | None, name: str, load_fast):
+        """load_fast: () -> transformers' tokenizer around `backend`, or around its equal."""
+        if eos_id is None:
             raise UserError(
                 f"tokenizer {name} has no end-of-text token\n"
                 f"  set eos_token in a tokenizer_config.json beside its {TOKENIZER_FILE}"
             )
-        self.name = name
-        self.fast = fast
-        self.eos_id: int = eos
+        self.name, self.backend, self.load_fast = name, backend, load_fast
+        self.eos_id: int = eos_id
         # Ids may have gaps, and then the largest is not below their number.
-        vocabulary = fast.get_vocab()
+        vocabulary = backend.get_vocab()
         self.vocab_size: int = 1 + max(vocabulary.values())
         if self.vocab_size > len(vocabulary) + MOST_UNUSED_IDS:
             raise UserError(
@@ -154,14 +153,23 @@ class Tokenizer:
                 f"  is its {TOKENIZER_FILE} damaged?"
             )
         # Settings that a tokenizer.json carries along; they would cut off every piece of text.
-        fast.backend_tokenizer.no_truncation()
-        fast.backend_tokenizer.no_padding()
+        backend.no_truncation()
+        backend.no_padding()
         self.fingerprint = hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def of_fast(cls, fast, name: str) -> "Tokenizer":
+        return cls(fast.backend_tokenizer, fast.eos_token_id, name, lambda: fast)
+
+    @functools.cached_property
+    def fast(self):
+        """transformers' tokenizer: made when it is needed, since its import takes a second."""
+        return self.load_fast()
 
     @functools.cached_property
     def encoder(self) -> Encoder:
         """Made when it is needed: a run whose text is tokenized already does not."""
-        return Encoder(self.fast.backend_tokenizer)
+        return Encoder(self.backend)
 
     @functools.cached_property
     def cuts(self) -> Cuts:
@@ -170,7 +178,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """What tokenizer.json says; `Encoder.from_json` takes it."""
-        return self.fast.backend_tokenizer.to_str()
+        return self.backend.to_str()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """int32 ids of each text, without special tokens added."""
@@ -198,10 +206,10 @@ class Tokenizer:
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that a `--tokenizer` setting names; `texts` train `bpe:N`."""
     if name == "bytes":
-        return Tokenizer(as_fast(byte_tokenizer()), name)
+        return Tokenizer.of_fast(as_fast(byte_tokenizer()), name)
     if name.startswith("bpe:"):
         size = int(name.removeprefix("bpe:"))
-        return Tokenizer(as_fast(train_bpe(texts, size)), name)
+        return Tokenizer.of_fast(as_fast(train_bpe(texts, size)), name)
     return load_tokenizer(name)
 
 
@@ -213,7 +221,23 @@ def load_tokenizer(name: str) -> Tokenizer:
     fast = load_local(name) if os.path.exists(name) else load_from_hub(name)
     if fast.eos_token is None and EOS in fast.get_vocab():
         fast.add_special_tokens({"bos_token": EOS, "eos_token": EOS})
-    return Tokenizer(fast, name)
+    return Tokenizer.of_fast(fast, name)
+
+
+def load_saved(directory: pathlib.Path) -> Tokenizer:
+    """The tokenizer that `save` wrote, as it was; by transformers only where it isn't plain."""
+    name = str(directory)
+    try:
+        files = [directory / TOKENIZER_FILE, directory / SETTINGS_FILE]
+        check_sizes(files)
+        eos = json.loads(files[1].read_text("utf-8"))["eos_token"]
+        backend = tokenizers.Tokenizer.from_file(str(files[0]))
+        eos_id = backend.token_to_id(eos)
+    except Exception:  # the library raises plain Exception; what is wrong is said below
+        eos_id = None
+    if eos_id is None:
+        return load_tokenizer(name)
+    return Tokenizer(backend, eos_id, name, functools.partial(load_local, name))
 
 
 def load_local(name: str):
