@@ -11,6 +11,8 @@ import jax
 from gpt2_flax.errors import UserError
 
 USABLE = 0.9  # of a device's memory; the rest is for what the compiler does not plan
+# Of glibc's mallopt, and the most that it takes for the first, in bytes.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_THRESHOLD = -1, -3, 32 * 2**20
 # Tokens at a time beyond which a device only takes longer: its units have enough to do.
 MOST_TOKENS = {"cpu": 2**13}
 
@@ -68,6 +70,27 @@ def _trim(event: str, seconds: float, **unused) -> None:
     if event == "/jax/core/compile/backend_compile_duration" and seconds > 0.2:
         for trim in _trims:
             trim(0)
+
+
+@contextlib.contextmanager
+def kept_when_freed():
+    """Context in which memory that is freed is taken again, and not first given to the system.
+
+    For what allocates and frees much in turn: each page that the system gives is cleared, and
+    that is a third of the time of reading a checkpoint. Afterwards glibc has the thresholds that
+    it comes to by itself where large blocks are freed. Other C libraries have nothing to be told.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+        yield
+        return
+    library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+    library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD)
+        library.malloc_trim(0)
 
 
 def largest_batch(bytes_of: Callable[[int], int], limit: int, allowed: list[int]) -> int:

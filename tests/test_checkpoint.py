@@ -61,6 +61,42 @@ def test_state_and_meta_come_back_on_every_device(store):
     assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {parallel.replicated()}
 
 
+def test_headers_say_of_a_state_what_orbax_says(store, monkeypatch):
+    types = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint8, jnp.bool_)
+    state = make_state(3) | {"of": [jnp.ones((2, n), t) for n, t in enumerate(types, 1)]}
+    opened = store()
+    opened.save(3, state, {}, None)
+    opened.wait()
+    directory = opened.folder / "3"
+    described = checkpoint.described_kinds(directory)
+    assert described == checkpoint.kinds(checkpoint.stored_shapes(directory))
+    assert described["of/1"] == "bfloat16[2, 2]" and described["step"] == "int32[]"
+    monkeypatch.setattr(checkpoint, "stored_shapes", None)  # they are enough
+    assert_same(opened.restore_latest(like(state))[0], state)
+
+
+@pytest.mark.parametrize("found", [None, {}])
+def test_where_headers_say_nothing_orbax_is_asked(store, monkeypatch, found):
+    opened = store()
+    opened.save(1, make_state(1), {}, None)
+    opened.wait()
+    assert not checkpoint.described_kinds(opened.folder / "none")
+    monkeypatch.setattr(checkpoint, "described_kinds", lambda directory: found)
+    assert_same(opened.restore_latest(like(make_state()))[0], make_state(1))
+    other = make_state() | {"step": jnp.float32(0)}
+    with pytest.raises(CheckpointError, match=r"step is int32\[\] instead of float32\[\]"):
+        opened.restore_latest(like(other))
+
+
+def test_another_type_is_found_by_headers_too(store):
+    opened = store()
+    opened.save(1, make_state(1), {}, None)
+    opened.wait()
+    other = make_state() | {"step": jnp.float32(0)}
+    with pytest.raises(CheckpointError, match=r"step is int32\[\] instead of float32\[\]"):
+        opened.restore_latest(like(other))
+
+
 def test_a_state_may_be_donated_while_it_is_still_being_written(store):
     opened = store()
     advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=(0,))
