@@ -206,6 +206,34 @@ def initial_std(config, hf_flax_compat: bool, residual: bool = False) -> float:
     return config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1.0)
 
 
+def scores_by_all_heads(q_Bx1xHxC, k_BxKxHxC):
+    """A query's products with the keys of its head, float32 (B, H, 1, K).
+
+    It is multiplied by those of all heads, with zeros for all but one: so the keys are taken as
+    they lie, position by position.
+    """
+    B, _, H, C = q_Bx1xHxC.shape
+    own_HxH = jnp.eye(H, dtype=bool)[None, :, :, None]
+    q_BxHxD = jnp.where(own_HxH, q_Bx1xHxC.swapaxes(1, 2), 0).reshape(B, H, H * C)
+    k_BxKxD = k_BxKxHxC.reshape(B, -1, H * C)
+    scores_BxHxK = jnp.einsum("BHD,BKD->BHK", q_BxHxD, k_BxKxD, preferred_element_type=jnp.float32)
+    return scores_BxHxK[:, :, None]
+
+
+def values_by_all_heads(probs_BxHx1xK, v_BxKxHxC):
+    """The values of each head, weighted by its probabilities, float32 (B, 1, H, C).
+
+    Those of the other heads are weighted, too, and left out.
+    """
+    B, K, H, C = v_BxKxHxC.shape
+    mixed_BxHxD = jnp.einsum(
+        "BHK,BKD->BHD", probs_BxHx1xK[:, :, 0], v_BxKxHxC.reshape(B, K, H * C),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    own_HxH = jnp.eye(H, dtype=bool)[None, :, :, None]
+    return jnp.where(own_HxH, mixed_BxHxD.reshape(B, H, H, C), 0).sum(2)[:, None]
+
+
 class FlaxGPT2Attention(nn.Module):
     """Attention of x to itself, causal and cached, or to the states of an encoder.
 
@@ -245,7 +273,13 @@ class FlaxGPT2Attention(nn.Module):
             allowed_BxHxTxK = mask_BxK[:, None, None, :].astype(bool)
         if not self.is_cross_attention:
             start = 0
-            if self.has_variable("cache", "cached_key") or init_cache:
+            is_ready = self.has_variable("cache", "cached_key")
+            if is_ready and T == 1 and devices.platform() == "cpu" and not self.hf_flax_compat:
+                mixed_Bx1xHxC, probs_BxHx1xK = self._mix_one_more(
+                    q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic
+                )
+                return self._merge(mixed_Bx1xHxC, row_ids_B, deterministic), probs_BxHx1xK
+            if is_ready or init_cache:
                 start, k_BxKxHxC, v_BxKxHxC = self._append_to_cache(k_BxKxHxC, v_BxKxHxC)
             positions_T, positions_K = start + jnp.arange(T), jnp.arange(k_BxKxHxC.shape[1])
             causal = positions_T[None, None, :, None] >= positions_K[None, None, None, :]
@@ -354,6 +388,44 @@ class FlaxGPT2Attention(nn.Module):
         config = self.config
         scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         return scale / (self.layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+    def _mix_one_more(
+        self, q_Bx1xHxC, k_Bx1xHxC, v_Bx1xHxC, allowed_BxHx1xK, row_ids_B, deterministic
+    ):
+        """`_mix` for one more position of a cache, and for a CPU, where caches are not copied.
+
+        XLA would copy all keys and values, head by head, and once more to write the new ones into
+        what is still to be read. So those are taken by themselves, and written after the others
+        were read.
+        """
+        held = {n: self.get_variable("cache", f"cached_{n}") for n in ("key", "value")}
+        start = self.get_variable("cache", "cache_index")
+        positions_1x1x1xK = jnp.arange(held["key"].shape[1])[None, None, None]
+        is_new, is_allowed = positions_1x1x1xK == start, positions_1x1x1xK <= start
+        if allowed_BxHx1xK is not None:
+            is_allowed &= allowed_BxHx1xK
+
+        new_BxHx1x1 = jnp.einsum(
+            "BTHC,BKHC->BHTK", q_Bx1xHxC, k_Bx1xHxC, preferred_element_type=jnp.float32
+        )
+        old_BxHx1xK = scores_by_all_heads(q_Bx1xHxC, held["key"])
+        scores_BxHx1xK = jnp.where(is_new, new_BxHx1x1, old_BxHx1xK) * self._scale()
+        scores_BxHx1xK = jnp.where(is_allowed, scores_BxHx1xK, jnp.finfo(jnp.float32).min)
+        probs_BxHx1xK = softmax(scores_BxHx1xK).astype(self.dtype)
+        drop = Dropout(self.config.attn_pdrop, name="attn_dropout")
+        probs_BxHx1xK = drop(probs_BxHx1xK, row_ids_B, deterministic)
+        mixed_Bx1xHxC = values_by_all_heads(jnp.where(is_new, 0, probs_BxHx1xK), held["value"])
+        share_BxHx1 = jnp.where(is_new, probs_BxHx1xK, 0).sum(-1, dtype=jnp.float32)
+        both_Bx1xHxC = mixed_Bx1xHxC + share_BxHx1.swapaxes(1, 2)[..., None] * v_Bx1xHxC
+
+        written = {"key": (k_Bx1xHxC, old_BxHx1xK), "value": (v_Bx1xHxC, mixed_Bx1xHxC)}
+        for name, (new, read) in written.items():
+            never = read.ravel()[0] > jnp.inf  # which is known only when all was read
+            at = (0, start + never, 0, 0)
+            array = jax.lax.dynamic_update_slice(held[name], new, at)
+            self.put_variable("cache", f"cached_{name}", array)
+        self.put_variable("cache", "cache_index", start + 1)
+        return both_Bx1xHxC.astype(self.dtype), probs_BxHx1xK
 
     def _append_to_cache(self, k, v):
         """Write k and v behind what the cache holds; return (start, all keys, all values).

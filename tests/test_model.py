@@ -467,3 +467,39 @@ def test_a_padded_vocabulary_has_no_parameters_and_no_probability(tiny_config, t
     probs = jax.nn.softmax(logits)
     np.testing.assert_array_equal(probs[..., 31:], 0.0)
     np.testing.assert_allclose(probs.sum(-1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "settings", [{}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]
+)
+def test_one_more_position_is_what_it_is_elsewhere(monkeypatch, dtype, settings):
+    """On a CPU the new key and value are taken beside the cache, and written afterwards."""
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=3, n_embd=24, vocab_size=31, n_positions=16, **settings
+    )
+    model = FlaxGPT2LMHeadModel(config, seed=2, dtype=dtype)
+    ids = jax.random.randint(jax.random.key(1), (2, 7), 0, 31)
+    mask = np.ones((2, 9), int)
+    mask[1, :3] = 0
+
+    def in_turn(platform):
+        monkeypatch.setattr("gpt2_flax.devices.platform", lambda: platform)
+        kwargs = {"attention_mask": mask, "past_key_values": model.init_cache(2, 9)}
+        found = []
+        for first, last in ((0, 5), (5, 6), (6, 7)):
+            positions = jnp.broadcast_to(jnp.arange(first, last), (2, last - first))
+            out = model(
+                ids[:, first:last], position_ids=positions, output_attentions=True, **kwargs
+            )
+            kwargs["past_key_values"] = out.past_key_values
+            found.append((out.logits, out.attentions, out.past_key_values))
+        return found
+
+    here, elsewhere = in_turn("cpu"), in_turn("gpu")
+    assert jax.tree.structure(here) == jax.tree.structure(elsewhere)
+    atol = 1e-6 if dtype == jnp.float32 else 0.02
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(elsewhere), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(np.float32(a), np.float32(b), atol=atol, rtol=atol)
+    assert here[-1][-1]["transformer"]["h"]["0"]["attn"]["cache_index"] == 7
