@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import importlib.abc
-import importlib.util
+import importlib.machinery
 import os
 import sys
 
@@ -19,18 +19,19 @@ def leave_out_torch() -> None:
 
 
 class TransformersWithoutTorch(importlib.abc.MetaPathFinder):
-    """Finds transformers, once."""
+    """Finds transformers, until it is imported."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "transformers":
+        if fullname != "transformers" or "torch" in sys.modules:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or "torch" in sys.modules:
+        find = importlib.machinery.PathFinder.find_spec
+        spec = find(fullname, path)
+        if spec is None or find("torch") is None:
             return spec
         load = spec.loader.exec_module
 
         def load_without_torch(module) -> None:
+            sys.meta_path.remove(self)
             sys.modules["torch"] = None  # which says that there is none
             try:
                 load(module)
@@ -60,9 +61,11 @@ def no_garbage():
 
     A start imports some 1,400 modules, and nearly all that they make is there to stay.
     """
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if collects:
+            gc.enable()

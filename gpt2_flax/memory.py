@@ -78,10 +78,16 @@ def kept_when_freed():
 
     For what allocates and frees much in turn: each page that the system gives is cleared, and
     that is a third of the time of reading a checkpoint. Afterwards glibc has the thresholds that
-    it comes to by itself where large blocks are freed. Other C libraries have nothing to be told.
+    it comes to by itself where large blocks are freed. Other C libraries have nothing to be told,
+    and one that was told otherwise by the environment is left alone.
     """
     library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+    told = os.environ.get("GLIBC_TUNABLES", "") + " ".join(os.environ)
+    if (
+        not hasattr(library, "mallopt")
+        or not hasattr(library, "malloc_trim")
+        or any(f"{name}_threshold" in told.lower() for name in ("trim", "mmap"))
+    ):
         yield
         return
     library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)

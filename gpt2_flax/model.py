@@ -401,7 +401,8 @@ class FlaxGPT2Attention(nn.Module):
         held = {n: self.get_variable("cache", f"cached_{n}") for n in ("key", "value")}
         start = self.get_variable("cache", "cache_index")
         positions_1x1x1xK = jnp.arange(held["key"].shape[1])[None, None, None]
-        is_new, is_allowed = positions_1x1x1xK == start, positions_1x1x1xK <= start
+        place = jnp.minimum(start, held["key"].shape[1] - 1)  # of a full cache, the last
+        is_new, is_allowed = positions_1x1x1xK == place, positions_1x1x1xK <= start
         if allowed_BxHx1xK is not None:
             is_allowed &= allowed_BxHx1xK
 
@@ -421,7 +422,7 @@ class FlaxGPT2Attention(nn.Module):
         written = {"key": (k_Bx1xHxC, old_BxHx1xK), "value": (v_Bx1xHxC, mixed_Bx1xHxC)}
         for name, (new, read) in written.items():
             never = read.ravel()[0] > jnp.inf  # which is known only when all was read
-            at = (0, start + never, 0, 0)
+            at = (0, place + never, 0, 0)
             array = jax.lax.dynamic_update_slice(held[name], new, at)
             self.put_variable("cache", f"cached_{name}", array)
         self.put_variable("cache", "cache_index", start + 1)

@@ -25,7 +25,7 @@ from gpt2_flax.architecture import Architecture
 from gpt2_flax.config import TrainConfig
 from gpt2_flax.data import batches
 from gpt2_flax.errors import UserError, say
-from gpt2_flax.model import FlaxGPT2LMHeadModule
+from gpt2_flax.model import FlaxGPT2LMHeadModule, check_config
 
 MOST_STEPS = 2**31 - 1  # the state counts them in an int32
 
@@ -222,6 +222,10 @@ def choose_model(config: TrainConfig, tokenizer, meta: dict | None):
             eos_token_id=tokenizer.eos_id,
             **dropouts,
         )
+        try:
+            check_config(model_config)
+        except ValueError as error:
+            raise UserError(f"the settings name no model: {error}") from error
         return model_config, None
     # A run that goes on has its model in its checkpoints; the one it began from may be gone.
     if meta is not None:

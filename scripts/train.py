@@ -1,5 +1,6 @@
 """Train GPT-2 from text. `python scripts/train.py --help` lists the settings."""
 
+import contextlib
 import pathlib
 import sys
 
@@ -17,10 +18,11 @@ def main(argv: list[str]) -> int:
     if config.print_config:
         print(dump_yaml(config), end="")
         return 0
-    if __name__ == "__main__":  # tests, which import this, compare with PyTorch
-        leave_out_torch()
-        set_defaults()
-    with no_garbage():
+    with contextlib.ExitStack() as importing:
+        if __name__ == "__main__":  # tests, which import this, compare with PyTorch
+            leave_out_torch()
+            set_defaults()
+            importing.enter_context(no_garbage())
         from gpt2_flax.train import train  # after a fault of the settings, which needs no JAX
 
     return train(config)

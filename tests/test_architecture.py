@@ -10,7 +10,11 @@ import transformers
 
 from gpt2_flax import kernels, model
 from gpt2_flax.architecture import Architecture, as_gpt2_config
+from gpt2_flax.config import load_config
+from gpt2_flax.data.tokenizers import make_tokenizer
+from gpt2_flax.errors import UserError
 from gpt2_flax.model_config import make_config
+from gpt2_flax.plan import choose_model
 
 FIELDS = [field.name for field in dataclasses.fields(Architecture)]
 SMALL = {"vocab_size": 31, "n_positions": 16, "n_embd": 12, "n_layer": 2, "n_head": 3}
@@ -51,3 +55,9 @@ def test_a_module_is_the_same_with_either():
     assert shapes[0] == shapes[1]
     assert len(jax.tree.leaves(shapes[0])) == 28
     assert ours.n_layer == 2
+
+
+def test_a_size_of_no_model_is_refused_at_the_start():
+    config = load_config(["--vocab_size", str(2**26 + 1), "--tokenizer", "bytes"])
+    with pytest.raises(UserError, match="vocab_size must be at most"):
+        choose_model(config, make_tokenizer("bytes", ()), None)

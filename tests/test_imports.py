@@ -23,7 +23,8 @@ def run(program: str) -> subprocess.CompletedProcess:
 def test_transformers_is_imported_as_if_there_were_no_pytorch():
     done = run(
         "from gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
-        "import sys, transformers\nassert 'torch' not in sys.modules\n"
+        "import importlib.util, sys\nassert importlib.util.find_spec('transformers')\n"
+        "import transformers\nassert 'torch' not in sys.modules\n"
         "import gpt2_flax.pretrained\nassert 'torch' not in sys.modules\n"
         "import torch\n"  # whoever wants it gets it
         "assert not transformers.utils.is_torch_available()\nprint(torch.ones(2).sum())"
@@ -42,6 +43,18 @@ def test_who_has_imported_pytorch_keeps_it():
         "import torch\nfrom gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
         "import transformers\nassert transformers.utils.is_torch_available()"
     )
+    assert done.returncode == 0, done.stderr
+
+
+def test_where_there_is_no_pytorch_nothing_is_done_about_it(tmp_path):
+    (tmp_path / "transformers.py").write_text(
+        "import sys\nassert 'torch' not in sys.modules\nfound = True"
+    )
+    program = (
+        "import sys\nfrom gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
+        f"sys.path[:] = [{str(tmp_path)!r}]\nimport transformers\nassert transformers.found"
+    )
+    done = run(program)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,8 +5,11 @@ import pathlib
 import platform
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
+
+from gpt2_flax import memory
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # 640 MB in blocks that glibc does not map one by one, freed within the context and without it.
@@ -43,9 +46,27 @@ def test_memory_is_kept_in_the_context_and_given_back_after_it():
     assert done.returncode == 0, done.stderr
 
 
-def test_another_c_library_is_told_nothing(monkeypatch):
-    from gpt2_flax import memory
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=4096"),
+        ("MALLOC_MMAP_THRESHOLD_", "4096"),
+    ],
+)
+def test_who_has_told_glibc_otherwise_is_obeyed(monkeypatch, name, value):
+    library = mock.Mock()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    with memory.kept_when_freed():
+        assert library.mallopt.call_count == 2
+    assert library.mallopt.call_count == 3
+    monkeypatch.setenv(name, value)
+    with memory.kept_when_freed():
+        pass
+    assert library.mallopt.call_count == 3
 
+
+def test_another_c_library_is_told_nothing(monkeypatch):
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     with memory.kept_when_freed():
         pass

@@ -503,3 +503,26 @@ def test_one_more_position_is_what_it_is_elsewhere(monkeypatch, dtype, settings)
         assert a.dtype == b.dtype
         np.testing.assert_allclose(np.float32(a), np.float32(b), atol=atol, rtol=atol)
     assert here[-1][-1]["transformer"]["h"]["0"]["attn"]["cache_index"] == 7
+
+
+def test_a_full_cache_takes_one_more_in_its_last_place_as_it_does_elsewhere(monkeypatch):
+    """As far as the place is not known, as under jit; else it is refused."""
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=31, n_positions=16)
+    model = FlaxGPT2LMHeadModel(config, seed=2)
+    ids = jax.random.randint(jax.random.key(1), (2, 4), 0, 31)
+
+    def one_too_many(platform):
+        monkeypatch.setattr("gpt2_flax.devices.platform", lambda: platform)
+        positions = jnp.broadcast_to(jnp.arange(4), (2, 4))
+        full = model(ids, position_ids=positions, past_key_values=model.init_cache(2, 4))
+
+        def more(cache):
+            last = positions[:, -1:] + 1
+            out = model(ids[:, :1], position_ids=last, past_key_values=cache)
+            return out.logits, out.past_key_values
+
+        return jax.jit(more)(full.past_key_values)
+
+    here, elsewhere = one_too_many("cpu"), one_too_many("gpu")
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(elsewhere), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)

@@ -306,6 +306,18 @@ def test_a_run_s_own_tokenizer_is_left_to_transformers_where_it_is_not_plain(
         assert_same(load_saved(tmp_path), expected)
 
 
+def test_what_else_transformers_reads_is_left_to_it(tmp_path):
+    make_tokenizer("bytes", []).save(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "fast" not in vars(load_saved(tmp_path))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "a"}')
+    assert load_saved(tmp_path).eos_id == load_tokenizer(str(tmp_path)).eos_id
+    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "added_tokens.json").write_text("{damaged")
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        load_saved(tmp_path)
+
+
 def test_a_tokenizer_json_alone_is_enough(tmp_path, tokenizer):
     tokenizer.fast.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert_same(make_tokenizer(str(tmp_path), []), tokenizer)

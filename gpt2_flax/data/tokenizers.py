@@ -225,14 +225,20 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def load_saved(directory: pathlib.Path) -> Tokenizer:
-    """The tokenizer that `save` wrote, as it was; by transformers only where it isn't plain."""
+    """The tokenizer that `save` wrote, as it was; by transformers only where it isn't plain.
+
+    That is one of two files, which hold all that there is to know.
+    """
     name = str(directory)
+    eos_id = None
     try:
-        files = [directory / TOKENIZER_FILE, directory / SETTINGS_FILE]
-        check_sizes(files)
-        eos = json.loads(files[1].read_text("utf-8"))["eos_token"]
-        backend = tokenizers.Tokenizer.from_file(str(files[0]))
-        eos_id = backend.token_to_id(eos)
+        found = {file.name for file in directory.iterdir() if READ_FILES.fullmatch(file.name)}
+        if found - {"config.json"} == {TOKENIZER_FILE, SETTINGS_FILE}:
+            files = [directory / TOKENIZER_FILE, directory / SETTINGS_FILE]
+            check_sizes(files)
+            eos = json.loads(files[1].read_text("utf-8"))["eos_token"]
+            backend = tokenizers.Tokenizer.from_file(str(files[0]))
+            eos_id = backend.token_to_id(eos)
     except Exception:  # the library raises plain Exception; what is wrong is said below
         eos_id = None
     if eos_id is None:
