@@ -16,7 +16,7 @@ import numpy as np
 import transformers
 from flax.traverse_util import unflatten_dict
 
-from gpt2_flax import checkpoint, pretrained, weights
+from gpt2_flax import checkpoint_files, pretrained, weights
 from gpt2_flax.errors import StorageError, UserError
 from gpt2_flax.model_config import (
     CONFIG_FILE,
@@ -117,8 +117,8 @@ def read_source(source, step: int | None, from_pt: bool, **where) -> Source:
     """A model from wherever it is. from_pt: prefer weights in safetensors to those in msgpack."""
     path = pathlib.Path(source)
     directory = None
-    if step is not None or is_run(path):
-        directory = checkpoint.locate(path, step)
+    if step is not None or checkpoint_files.is_run(path):
+        directory = checkpoint_files.locate(path, step)
         # The tokenizer of a run lies beside its checkpoints.
         place, name = Repository(str(directory.parent.parent)), str(directory)
     elif path.is_file():
@@ -147,12 +147,6 @@ def read_step(directory: pathlib.Path):
     config = pretrained.read_config(None, directory)
     leaves = pretrained.read_checkpoint(directory, config)
     return config, {path: np.asarray(leaf) for path, leaf in leaves.items()}
-
-
-def is_run(path: pathlib.Path) -> bool:
-    """Whether a path is a run directory, its checkpoints/ or one step of them."""
-    is_step = path.name.isdigit() and (path / "state").is_dir()
-    return is_step or (path / checkpoint.FOLDER).is_dir() or path.name == checkpoint.FOLDER
 
 
 def class_of(place) -> type:

@@ -238,13 +238,13 @@ def load_model(config: EvaluateConfig):
     """(model, tokenizer). Raises UserError where they are missing, not whole, or no pair."""
     import jax.numpy as jnp
 
-    from gpt2_flax import checkpoint
+    from gpt2_flax import checkpoint_files
     from gpt2_flax.data.tokenizers import load_tokenizer, make_tokenizer
     from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 
     where = pathlib.Path(config.model).expanduser()
     if config.step:
-        where = checkpoint.locate(where, config.step)
+        where = checkpoint_files.locate(where, config.step)
     place = str(where) if where.exists() else config.model
     # Its warnings are of weights that are missing, refused below, or become float32.
     with only_errors("gpt2_flax"):

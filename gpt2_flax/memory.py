@@ -82,12 +82,9 @@ def kept_when_freed():
     and one that was told otherwise by the environment is left alone.
     """
     library = ctypes.CDLL(None)
-    told = os.environ.get("GLIBC_TUNABLES", "") + " ".join(os.environ)
-    if (
-        not hasattr(library, "mallopt")
-        or not hasattr(library, "malloc_trim")
-        or any(f"{name}_threshold" in told.lower() for name in ("trim", "mmap"))
-    ):
+    told = f"{os.environ.get('GLIBC_TUNABLES')} {[*os.environ]}".lower()
+    is_told = "trim_threshold" in told or "mmap_threshold" in told
+    if is_told or not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
         yield
         return
     library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)

@@ -730,7 +730,7 @@ def only(file: pathlib.Path):
 def find_checkpoint(place) -> pathlib.Path | None:
     """The newest checkpoint of a local run directory that has no final weights, or the one
     that the place itself is."""
-    from gpt2_flax import checkpoint  # Orbax is slow to import, and rarely needed here
+    from gpt2_flax import checkpoint_files  # Orbax is slow to import, and rarely needed here
 
     directory = place.directory
     layouts = (weights.MSGPACK, weights.SAFETENSORS)
@@ -738,26 +738,25 @@ def find_checkpoint(place) -> pathlib.Path | None:
         place.has(n) for layout in layouts for n in (layout.file, layout.index)
     ):
         return None
-    is_step = directory.name.isdigit() and (directory / "state").is_dir()
-    is_run = (directory / checkpoint.FOLDER).is_dir() or directory.name == checkpoint.FOLDER
-    return checkpoint.locate(directory, None) if is_step or is_run else None
+    is_run = checkpoint_files.is_run(directory)
+    return checkpoint_files.locate(directory, None) if is_run else None
 
 
 def read_checkpoint(directory: pathlib.Path, config) -> dict:
     """Flat parameters of one checkpoint of a run. Raises CheckpointError where it is damaged."""
-    from gpt2_flax import checkpoint
+    from gpt2_flax import checkpoint_files
 
-    with checkpoint.read_errors(directory):
-        return flatten_dict(checkpoint.read_params(directory, param_shapes(config)))
+    with checkpoint_files.read_errors(directory):
+        return flatten_dict(checkpoint_files.read_params(directory, param_shapes(config)))
 
 
 def read_config(place, checkpoint_step=None, **overrides) -> transformers.GPT2Config:
     """The GPT2Config of a place's config.json, or of a run's checkpoint."""
     if checkpoint_step is not None:
-        from gpt2_flax import checkpoint
+        from gpt2_flax import checkpoint_files
 
-        with checkpoint.read_errors(checkpoint_step):
-            raw = checkpoint.read_meta(checkpoint_step)["model"]
+        with checkpoint_files.read_errors(checkpoint_step):
+            raw = checkpoint_files.read_meta(checkpoint_step)["model"]
         return make_config(raw, str(checkpoint_step), **overrides)
     path = place.get(CONFIG_FILE)
     if path is None:

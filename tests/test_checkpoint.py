@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_flax import checkpoint, parallel
+from gpt2_flax import checkpoint, checkpoint_files, parallel
 from gpt2_flax.errors import CheckpointError, StorageError, UserError
 
 
@@ -68,10 +68,10 @@ def test_headers_say_of_a_state_what_orbax_says(store, monkeypatch):
     opened.save(3, state, {}, None)
     opened.wait()
     directory = opened.folder / "3"
-    described = checkpoint.described_kinds(directory)
-    assert described == checkpoint.kinds(checkpoint.stored_shapes(directory))
+    described = checkpoint_files.described_kinds(directory)
+    assert described == checkpoint_files.kinds(checkpoint_files.stored_shapes(directory))
     assert described["of/1"] == "bfloat16[2, 2]" and described["step"] == "int32[]"
-    monkeypatch.setattr(checkpoint, "stored_shapes", None)  # they are enough
+    monkeypatch.setattr(checkpoint_files, "stored_shapes", None)  # they are enough
     assert_same(opened.restore_latest(like(state))[0], state)
 
 
@@ -80,8 +80,8 @@ def test_where_headers_say_nothing_orbax_is_asked(store, monkeypatch, found):
     opened = store()
     opened.save(1, make_state(1), {}, None)
     opened.wait()
-    assert not checkpoint.described_kinds(opened.folder / "none")
-    monkeypatch.setattr(checkpoint, "described_kinds", lambda directory: found)
+    assert not checkpoint_files.described_kinds(opened.folder / "none")
+    monkeypatch.setattr(checkpoint_files, "described_kinds", lambda directory: found)
     assert_same(opened.restore_latest(like(make_state()))[0], make_state(1))
     other = make_state() | {"step": jnp.float32(0)}
     with pytest.raises(CheckpointError, match=r"step is int32\[\] instead of float32\[\]"):
@@ -207,17 +207,17 @@ def test_parameters_are_read_alone_from_any_way_to_name_a_checkpoint(store, tmp_
         (run / "checkpoints", None, 12),
         (run / "checkpoints" / "3", None, 3),
     ):
-        found = checkpoint.locate(path, step)
-        assert checkpoint.read_meta(found) == {"step": expected}
+        found = checkpoint_files.locate(path, step)
+        assert checkpoint_files.read_meta(found) == {"step": expected}
         shapes = like(make_state()["params"])
-        params = checkpoint.read_params(found, shapes)
+        params = checkpoint_files.read_params(found, shapes)
         assert_same(params, make_state(expected)["params"])
     with pytest.raises(CheckpointError, match="has no step 4; it has 3, 12"):
-        checkpoint.locate(run, 4)
+        checkpoint_files.locate(run, 4)
     with pytest.raises(UserError, match="is step 3, not 12"):
-        checkpoint.locate(run / "checkpoints" / "3", 12)
+        checkpoint_files.locate(run / "checkpoints" / "3", 12)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        checkpoint.locate(tmp_path / "elsewhere", None)
+        checkpoint_files.locate(tmp_path / "elsewhere", None)
 
 
 def test_a_step_is_sealed_only_when_orbax_has_said_what_it_consists_of(store, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_flax import FlaxGPT2LMHeadModel, checkpoint, convert
+from gpt2_flax import FlaxGPT2LMHeadModel, checkpoint_files, convert
 from gpt2_flax.config import load_config
 from gpt2_flax.data.tokenizers import make_tokenizer
 from gpt2_flax.errors import CheckpointError, UserError, run_main
@@ -281,7 +281,7 @@ def run(settings, pytorch_directory, tmp_path_factory):
 
 
 def test_a_run_from_bfloat16_files_is_of_float32_and_goes_on_without_them(run):
-    assert checkpoint.locate(run, None).name == "2"
+    assert checkpoint_files.locate(run, None).name == "2"
     ended = FlaxGPT2LMHeadModel.from_pretrained(run)
     began = FlaxGPT2LMHeadModel.from_pretrained(run.parent / "moved")
     assert began.params["transformer"]["wte"]["embedding"].dtype == jnp.bfloat16
@@ -294,13 +294,13 @@ def test_a_run_and_one_of_its_checkpoints_can_be_started_from(run, settings, tmp
     expected = FlaxGPT2LMHeadModel.from_pretrained(run).params
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run / "checkpoints", unfinished / "checkpoints")
-    for source in (run, unfinished, checkpoint.locate(run, None)):
+    for source in (run, unfinished, checkpoint_files.locate(run, None)):
         _, params = choose(settings(source, tmp_path / "new"))
         assert_same(params, expected)
 
 
 def test_a_checkpoint_opens_in_pytorch(run, tmp_path):
-    convert.to_pytorch(checkpoint.locate(run, 1), tmp_path / "step", verify=True)
+    convert.to_pytorch(checkpoint_files.locate(run, 1), tmp_path / "step", verify=True)
     assert (tmp_path / "step" / "tokenizer.json").is_file()
     convert.to_pytorch(run, tmp_path / "newest", verify=True)
     final = (run / "model.safetensors").read_bytes()

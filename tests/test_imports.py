@@ -38,9 +38,14 @@ def test_a_trainer_starts_without_transformers():
     assert done.returncode == 0, done.stderr
 
 
-def test_who_has_imported_pytorch_keeps_it():
+@pytest.mark.parametrize("imported_before", [True, False])
+def test_who_has_imported_pytorch_keeps_it(imported_before):
+    """Before it was to be left out, or afterwards, before transformers."""
+    before, after = "import torch\n", ""
+    if not imported_before:
+        before, after = after, before
     done = run(
-        "import torch\nfrom gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
+        f"{before}from gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n{after}"
         "import transformers\nassert transformers.utils.is_torch_available()"
     )
     assert done.returncode == 0, done.stderr
@@ -55,14 +60,6 @@ def test_where_there_is_no_pytorch_nothing_is_done_about_it(tmp_path):
         f"sys.path[:] = [{str(tmp_path)!r}]\nimport transformers\nassert transformers.found"
     )
     done = run(program)
-    assert done.returncode == 0, done.stderr
-
-
-def test_who_imports_pytorch_before_transformers_keeps_it():
-    done = run(
-        "from gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
-        "import torch, transformers\nassert transformers.utils.is_torch_available()"
-    )
     assert done.returncode == 0, done.stderr
 
 

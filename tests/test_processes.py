@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from gpt2_flax import checkpoint, errors, metrics, processes
+from gpt2_flax import checkpoint_files, errors, metrics, processes
 from gpt2_flax.config import TrainConfig
 from gpt2_flax.errors import run_main
 from scripts.convert import main as convert
@@ -517,7 +517,7 @@ def test_the_code_s_version_depends_on_the_code(monkeypatch, tmp_path):
 def test_meta_is_read_without_orbax(tmp_path):
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "metadata").write_text('{"a": [1, null]}')
-    assert checkpoint.read_meta(tmp_path) == {"a": [1, None]}
+    assert checkpoint_files.read_meta(tmp_path) == {"a": [1, None]}
     (tmp_path / "meta" / "metadata").write_text("[1]")
     with pytest.raises(ValueError, match="no JSON object"):
-        checkpoint.read_meta(tmp_path)
+        checkpoint_files.read_meta(tmp_path)

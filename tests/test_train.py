@@ -17,7 +17,7 @@ import yaml
 
 from gpt2_flax import (
     FlaxGPT2LMHeadModel,
-    checkpoint,
+    checkpoint_files,
     convert,
     devices,
     head_loss,
@@ -80,13 +80,14 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 
 def learned(output_dir):
     """Everything a run has learned: state and cursor of its newest checkpoint."""
-    newest = checkpoint.locate(output_dir, None)
+    newest = checkpoint_files.locate(output_dir, None)
     as_numpy = jax.tree.map(
-        lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), checkpoint.stored_shapes(newest)
+        lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray),
+        checkpoint_files.stored_shapes(newest),
     )
     with ocp.PyTreeCheckpointer() as reader:
         state = reader.restore(newest / "state", restore_args=as_numpy)
-    return state, checkpoint.read_meta(newest)["cursor"]
+    return state, checkpoint_files.read_meta(newest)["cursor"]
 
 
 def assert_same_run(a, b):
@@ -366,7 +367,9 @@ def test_bad_steps_are_left_out_and_the_run_goes_on_bitwise(run, tmp_path, monke
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
         assert run(tmp_path / "parts", *flags) == 143
-    assert checkpoint.read_meta(tmp_path / "parts" / "checkpoints" / "7")["bad_in_a_row"] == 2
+    assert (
+        checkpoint_files.read_meta(tmp_path / "parts" / "checkpoints" / "7")["bad_in_a_row"] == 2
+    )
     assert run(tmp_path / "parts", *flags) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     rows = metrics.read_log(tmp_path / "whole" / "metrics.jsonl")
@@ -443,7 +446,7 @@ def test_a_length_that_becomes_a_time_is_measured_once_too(run, tmp_path, monkey
     assert run(tmp_path, "--max_steps", "4 minutes") == 0
     monkeypatch.setattr("gpt2_flax.plan.measure_step", None)
     assert run(tmp_path, "--max_steps", "6 minutes") == 0
-    assert checkpoint.read_meta(tmp_path / "checkpoints" / "6")["seconds_a_step"] == 59.0
+    assert checkpoint_files.read_meta(tmp_path / "checkpoints" / "6")["seconds_a_step"] == 59.0
 
 
 def test_a_run_that_is_refused_leaves_no_directory(run, tmp_path):
@@ -488,7 +491,7 @@ def test_batch_size_auto_is_the_largest_that_fits(run, tmp_path, monkeypatch, ca
     assert fitting <= limit < too_large
     assert chosen > 1
     assert f"batch_size auto: {chosen} rows a device; a step takes" in capsys.readouterr().err
-    assert checkpoint.read_meta(tmp_path / "checkpoints" / "3")["global_batch"] == 8 * chosen
+    assert checkpoint_files.read_meta(tmp_path / "checkpoints" / "3")["global_batch"] == 8 * chosen
     # With less memory the steps keep their rows, by accumulation.
     monkeypatch.setattr(memory, "device_bytes", lambda: 500_000)
     assert run(tmp_path, *flags, "--max_steps", "6") == 0

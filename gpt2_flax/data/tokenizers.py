@@ -1,6 +1,7 @@
 """Text <-> ids. Every tokenizer is a transformers fast tokenizer with an end-of-text token."""
 
 import array
+import contextlib
 import functools
 import hashlib
 import json
@@ -231,7 +232,7 @@ def load_saved(directory: pathlib.Path) -> Tokenizer:
     """
     name = str(directory)
     eos_id = None
-    try:
+    with contextlib.suppress(Exception):  # the library raises plain Exception; said below
         found = {file.name for file in directory.iterdir() if READ_FILES.fullmatch(file.name)}
         if found - {"config.json"} == {TOKENIZER_FILE, SETTINGS_FILE}:
             files = [directory / TOKENIZER_FILE, directory / SETTINGS_FILE]
@@ -239,8 +240,6 @@ def load_saved(directory: pathlib.Path) -> Tokenizer:
             eos = json.loads(files[1].read_text("utf-8"))["eos_token"]
             backend = tokenizers.Tokenizer.from_file(str(files[0]))
             eos_id = backend.token_to_id(eos)
-    except Exception:  # the library raises plain Exception; what is wrong is said below
-        eos_id = None
     if eos_id is None:
         return load_tokenizer(name)
     return Tokenizer(backend, eos_id, name, functools.partial(load_local, name))

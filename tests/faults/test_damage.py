@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_flax import checkpoint, manifest, parallel
+from gpt2_flax import checkpoint, checkpoint_files, manifest, parallel
 from gpt2_flax.errors import CheckpointError
 
 STEPS = (8, 9, 12)
@@ -286,14 +286,14 @@ def test_with_none_that_is_whole_nothing_starts_afresh_and_nothing_is_moved(soun
 
 def test_converting_and_generating_find_damage_too(sound, tmp_path):
     shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
-    assert checkpoint.locate(tmp_path, None).name == NEWEST
+    assert checkpoint_files.locate(tmp_path, None).name == NEWEST
     flip("state/d/*")(tmp_path / "checkpoints" / NEWEST, random.Random(0), None)
     for path in (tmp_path, tmp_path / "checkpoints" / NEWEST):
         with pytest.raises(
             CheckpointError, match=r"12 is damaged: state/d/\w+ was changed\n  nam"
         ):
-            checkpoint.locate(path, None)
-    assert checkpoint.locate(tmp_path, 9).name == "9"
+            checkpoint_files.locate(path, None)
+    assert checkpoint_files.locate(tmp_path, 9).name == "9"
 
 
 def test_a_manifest_says_what_was_saved(sound):
