@@ -4,6 +4,7 @@ Each is a function of settings that runs in a process of its own; see benchmark.
 imported by the cells that measure it, and Orbax by the one that saves.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import resource
@@ -141,43 +142,54 @@ def ours(settings: dict) -> dict:
 
 
 def checkpoint(settings: dict) -> dict:
-    """How much longer than the median the longest step around a save is, and the save itself."""
+    """What saves cost the steps beside them: how much longer than usual those take, together.
+
+    The first by itself, and three from the third on: by then what an older one took of the
+    system's memory for files is free again.
+    """
     import jax
 
     from gpt2_flax import checkpoint as checkpoints
 
     state, update, rows = build(settings)
-    seconds = []
 
-    def steps(count):
+    def steps(count) -> list[float]:
         nonlocal state
+        seconds = []
         for _ in range(count):
             began = time.perf_counter()
             state, _ = jax.block_until_ready(update(state, next(rows)))
             seconds.append(time.perf_counter() - began)
+        return seconds
+
+    def save(n) -> tuple[float, float, float]:
+        """Seconds: that the call takes, until the save is on disk, that all steps lose by it."""
+        began = time.perf_counter()
+        saver.save(n, state._asdict(), {}, None)
+        blocked = time.perf_counter() - began
+        written = thread.submit(lambda: saver.wait() or time.perf_counter())
+        lost = sum(steps(settings["steps"])) - settings["steps"] * usual
+        return blocked, written.result() - began, blocked + lost
 
     with (
         tempfile.TemporaryDirectory(prefix="benchmark", dir=settings["folder"] or None) as folder,
         contextlib.closing(rows),
+        concurrent.futures.ThreadPoolExecutor(1) as thread,
     ):
         saver = checkpoints.Checkpoints(folder, 1, lambda meta: None)
         steps(1 + settings["warm_up"])
-        seconds.clear()
-        steps(settings["steps"])
-        usual = statistics.median(seconds)
-        began = time.perf_counter()
-        saver.save(1, state._asdict(), {}, None)
-        blocked = time.perf_counter() - began
-        seconds.clear()
-        steps(settings["steps"])
-        saver.wait()
-        written = time.perf_counter() - began
+        usual = statistics.median(steps(settings["steps"]))
+        first, _, *others = [save(n) for n in range(1, 6)]
+        later = [statistics.median(column) for column in zip(*others, strict=True)]
         saver.close()
     return {
-        "s a save holds up the loop": blocked,
-        "s the longest step after it is over the median": max(seconds) - usual,
         "s/step": usual,
-        "s until it is on disk": written,
+        "s the first save holds up the loop": first[0],
+        "s until it is on disk": first[1],
+        "s it costs altogether": first[2],
+        "s a later save holds up the loop": later[0],
+        "s until that is on disk": later[1],
+        "s that costs altogether": later[2],
     }
 
 

@@ -11,6 +11,8 @@ python -m tests.measure checks [ROUNDS]   steps with and without the check that 
                                           of two devices' copies of a 124M state
 python -m tests.measure engines [ROUNDS]  steps by pmap and by jit, in turn, in fresh processes
                                           of one device and of two
+python -m tests.measure levers [STEPS]    curves of the loss by each way to compute the same,
+                                          against those of the plain one and of other seeds
 """
 
 import json
@@ -216,6 +218,68 @@ def engine(n_steps: int = 150) -> None:
     print(json.dumps([statistics.median(taken) for *_, taken in runs]))
 
 
+PLAIN = {
+    "parallel": "jit", "dtype": "float32", "attention": "xla", "pad_vocab_to_multiple_of": "1",
+    "batch_size": "8", "dropout": "0.1",
+}  # fmt: skip
+LEVERS = {
+    "pmap": {"parallel": "pmap"},
+    "pmap, 4 devices": {"parallel": "pmap", "batch_size": "2", "devices": "4"},
+    "jit, 4 devices": {"batch_size": "2", "devices": "4"},
+    "fsdp, 4 devices": {"parallel": "fsdp", "batch_size": "2", "devices": "4"},
+    "accumulated twice": {"batch_size": "4", "grad_accum": "2"},
+    "scanned layers": {"scan_layers": "true"},
+    "remat block": {"remat": "block"},
+    "remat attention": {"remat": "attention"},
+    "logits of 16 positions at once": {"logits_at_once": "16"},
+    "vocabulary padded to 128": {"pad_vocab_to_multiple_of": "128"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, padded, scanned, remat": {
+        "dtype": "bfloat16", "pad_vocab_to_multiple_of": "128", "scan_layers": "true",
+        "remat": "block",
+    },
+}  # fmt: skip
+WINDOW = 20  # steps whose losses are one point of a curve
+
+
+def levers(n_steps: int) -> None:
+    """Of each lever: how far its curve is from the plain one's, by the clock of steps.
+
+    As small a model as learns something of real text, and a learning rate at which it does.
+    """
+
+    def curve(**changes) -> list[float]:
+        settings = PLAIN | changes
+        devices = settings.pop("devices", "1")
+        flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable, str(ROOT / "scripts" / "train.py"), *SMALL, *flags,
+                "--tokenizer", "bpe:1000", "--learning_rate", "1e-3",
+                "--max_steps", str(n_steps), "--log_every", str(WINDOW),
+                "--output_dir", f"{folder}/run",
+            ]  # fmt: skip
+            many = f"--xla_force_host_platform_device_count={devices}"
+            environment = os.environ | {"XLA_FLAGS": many}
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+            lines = pathlib.Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+        rows = map(json.loads, lines)
+        return [row["train_loss"] for row in rows if row["step"] % WINDOW == 0]
+
+    def show(name, losses) -> None:
+        gaps = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
+        print(f"{name:33} | {losses[-1]:.4f} | {statistics.mean(gaps):.1e} | {max(gaps):.1e}",
+              flush=True)  # fmt: skip
+
+    print(f"of {n_steps} steps: last loss | mean gap to the plain one's curve | largest gap")
+    plain = curve(seed="1")
+    show("plain, seed 1", plain)
+    for seed in ("2", "3"):
+        show(f"plain, seed {seed}", curve(seed=seed))
+    for name, changes in LEVERS.items():
+        show(name, curve(seed="1", **changes))
+
+
 def compare_copies() -> None:
     """Seconds of a comparison of a 124M state on two devices of a CPU."""
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
@@ -246,6 +310,8 @@ if __name__ == "__main__":
         engine()
     elif command == "engines":
         engines(int(arguments[0]) if arguments else 5)
+    elif command == "levers":
+        levers(int(arguments[0]) if arguments else 600)
     elif command == "checks":
         checks(int(arguments[0]) if arguments else 5)
     else:

@@ -86,7 +86,17 @@ def test_decoding_is_measured_beside_torchs(measure):
 def test_a_save_is_measured(measure, tmp_path):
     code, out, err = measure(*TINY, *STEPS, "--folder", tmp_path, command="checkpoint")
     assert code == 0, err
-    assert len(out.splitlines()) == 4 and "save: s until it is on disk" in out
+    names = [line.split("  ")[0] for line in out.splitlines()]
+    assert names == [
+        f"save: {what}"
+        for what in (
+            "s/step",
+            "s the first save holds up the loop", "s until it is on disk",
+            "s it costs altogether",
+            "s a later save holds up the loop", "s until that is on disk",
+            "s that costs altogether",
+        )
+    ]  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
