@@ -124,7 +124,9 @@ def ours(settings: dict) -> dict:
 
     def step():
         nonlocal state, values
+        before = values
         state, values = update(state, next(rows))
+        jax.block_until_ready(before)  # as in training
 
     with contextlib.closing(rows):
         found = timed(step, lambda: jax.block_until_ready((state, values)), settings)

@@ -25,7 +25,10 @@ def mean_loss(eval_step: Callable, params, batches: Iterable) -> tuple[float, in
     eval_step: (params, batch) -> (loss sum, targets). The mean is weighted by targets, so it
     does not depend on how rows were grouped; sums of batches are added up in float64.
     """
-    sums = [eval_step(params, batch) for batch in batches]
+    sums = []
+    for batch in batches:
+        sums.append(eval_step(params, batch))
+        jax.block_until_ready(sums[-2:-1])  # or `batches` would not notice a stop for long
     total = math.fsum(float(loss) for loss, _ in sums)
     targets = sum(int(count) for _, count in sums)
     return total / targets, targets

@@ -508,9 +508,14 @@ def loop(
                 evaluate_now()
         if trace.begins_at(n + 1):
             trace.start()
+        before = None
         for batch, numbers, cursor in ready:
             with trace.annotated(n + 1):
                 state, values = run.train_step(state, batch)
+            # One step is computed and one waits: a stop waits for no more, and programs of several
+            # devices of a CPU that wait for each other can stop for good where more are under way.
+            jax.block_until_ready(before)
+            before = values
             stop.phase = stopping.RUNNING
             n += 1
             logs.took(n, numbers)
