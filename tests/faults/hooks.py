@@ -72,6 +72,30 @@ def slow_down(seconds: float) -> None:
     follow(metrics.Meter, "add", lambda self, n, values: time.sleep(seconds))
 
 
+def slow_device(seconds: float) -> None:
+    """Let the device take that much longer for each step, which the host need not wait for."""
+    from gpt2_flax import parallel
+
+    compile_train_step = parallel.compile_train_step
+
+    def wait(values):
+        time.sleep(seconds)
+        return values
+
+    late = jax.jit(lambda values: jax.pure_callback(wait, values, values))
+
+    def compile_and_wait(*arguments):
+        train_step = compile_train_step(*arguments)
+
+        def slow_step(state, batch):
+            state, values = train_step(state, batch)
+            return state, late(values)
+
+        return slow_step
+
+    parallel.compile_train_step = compile_and_wait
+
+
 def hold(step: int, path: str) -> None:
     """Wait after a step for as long as there is a file, made then, which a test takes away."""
     from gpt2_flax import metrics
