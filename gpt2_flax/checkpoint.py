@@ -42,8 +42,9 @@ class Checkpoints:
         together = ocp.options.MultiprocessingOptions(
             active_processes={*range(jax.process_count())} if processes.several() else None
         )
+        self.best = Best()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy(keep),
+            preservation_policy=preservation_policy(keep, self.best),
             best_fn=best_first,  # without it, Orbax does not write the metrics down
             cleanup_tmp_directories=True,
             create=False,
@@ -280,14 +281,30 @@ def make_barrier():
     return sync
 
 
-def preservation_policy(keep: int):
-    """Which checkpoints stay: the newest, and the one of lowest validation loss.
+class Best(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of lowest validation loss.
+
+    step: which that is, where it was found to be the best when it had been saved without a loss.
+    """
+
+    def __init__(self):
+        self.step: int | None = None
+        self.by_loss = checkpoint_managers.BestN(
+            get_metric_fn=best_first, n=1, keep_checkpoints_without_metrics=False
+        )
+
+    def should_preserve(self, checkpoints, *, context):
+        named = [about.step == self.step for about in checkpoints]
+        return named if any(named) else self.by_loss.should_preserve(checkpoints, context=context)
+
+
+def preservation_policy(keep: int, best: Best):
+    """Which checkpoints stay: the newest, and the best.
 
     (Orbax's best_fn with max_to_keep would delete the newest when it is not the best.)
     """
-    policies = checkpoint_managers
-    best = policies.BestN(get_metric_fn=best_first, n=1, keep_checkpoints_without_metrics=False)
-    return policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+    latest = checkpoint_managers.LatestN(keep)
+    return checkpoint_managers.AnyPreservationPolicy([latest, best])
 
 
 def as_metrics(validation_loss: float | None) -> dict | None:

@@ -40,17 +40,21 @@ from gpt2_flax import (
 )
 from gpt2_flax.architecture import as_gpt2_config
 from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml, profiled_steps
-from gpt2_flax.data import batches, opening, show
+from gpt2_flax.data import batches, opening, show, tokenizers
 from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError, say
 from gpt2_flax.logs import Logs
 from gpt2_flax.settings import read_yaml, shown
 
 SETTINGS_FILE = "config.yaml"
+# In every SETTINGS_FILE that a run began with: other files of that name are somebody's own.
+ALWAYS_SAVED = ("n_layers", "n_embd", "block_size", "train_file", "tokenizer", "seed", "save_every")
 # A directory that holds one of these and no settings of ours is somebody's own.
 FOREIGN_FILES = (
-    "config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack",
-    metrics.LOG_FILE, samples.SAMPLES_FILE, report.REPORT_FILE,
+    "config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin",
+    "flax_model.msgpack", metrics.LOG_FILE, curves.PLOT_FILE, samples.SAMPLES_FILE,
+    report.REPORT_FILE,
 )  # fmt: skip
+LOCK_FILE = ".lock"
 RATES_AT_ONCE = 4096
 MAX_SAVED_BYTES = 2**20  # of SETTINGS_FILE, which may name thousands of files
 
@@ -86,6 +90,7 @@ def train(config: TrainConfig) -> int:
             run_files.refuse_links(output_dir, "output_dir", but=(model_card.CARD_FILE,))
             holds_a_run = (output_dir / SETTINGS_FILE).is_file()
             if holds_a_run:
+                read_settings(output_dir)  # a lock is not to be put beside somebody else's
                 cleanup.enter_context(locked(output_dir))
             continuing = check_output_dir(config, output_dir)
             reporters.check(config.report_to)
@@ -174,7 +179,10 @@ def check_output_dir(config: TrainConfig, output_dir: pathlib.Path) -> bool:
     if not settings.is_file():
         if config.resume == "require":
             raise CheckpointError(f"output_dir {output_dir} holds no run to resume")
-        foreign = [name for name in FOREIGN_FILES if (output_dir / name).exists()]
+        names = FOREIGN_FILES
+        if not (output_dir / LOCK_FILE).exists():  # else a start was killed that had written them
+            names += (tokenizers.TOKENIZER_FILE, tokenizers.SETTINGS_FILE)
+        foreign = [name for name in names if (output_dir / name).exists()]
         if foreign or (output_dir / checkpoint.FOLDER).exists():
             raise UserError(
                 f"output_dir {output_dir} holds {', '.join(foreign) or 'checkpoints'} but no"
@@ -187,10 +195,7 @@ def check_output_dir(config: TrainConfig, output_dir: pathlib.Path) -> bool:
             f"output_dir {output_dir} holds a run, and --resume never forbids to continue it\n"
             "  choose another --output_dir"
         )
-    saved, faults = read_yaml(str(settings), (), MAX_SAVED_BYTES)
-    if faults:
-        raise CheckpointError(faults[0].split("\n")[0])
-    differing = differing_keys(config, saved)
+    differing = differing_keys(config, read_settings(output_dir))
     if differing:
         listed = ", ".join(
             f"{name} {shown(old)} -> {shown(new)}" for name, (old, new) in differing.items()
@@ -200,6 +205,19 @@ def check_output_dir(config: TrainConfig, output_dir: pathlib.Path) -> bool:
             "  choose another --output_dir, or repeat the run's settings to continue it"
         )
     return True
+
+
+def read_settings(output_dir: pathlib.Path) -> dict:
+    """The settings of the run that is there. Raises UserError for a file that is not a run's."""
+    saved, faults = read_yaml(str(output_dir / SETTINGS_FILE), (), MAX_SAVED_BYTES)
+    if faults:
+        raise CheckpointError(faults[0].split("\n")[0])
+    if not {*ALWAYS_SAVED} <= saved.keys():
+        raise UserError(
+            f"output_dir {output_dir} holds a {SETTINGS_FILE} that is not of this trainer\n"
+            "  choose another --output_dir; nothing was changed"
+        )
+    return saved
 
 
 def check_intervals(config: TrainConfig) -> None:
@@ -239,7 +257,7 @@ def check_still_new(output_dir: pathlib.Path) -> None:
 def locked(output_dir: pathlib.Path):
     """Hold the directory's lock, which the system releases even if this process is killed."""
     try:
-        file = open(output_dir / ".lock", "a+")  # noqa: SIM115
+        file = open(output_dir / LOCK_FILE, "a+")  # noqa: SIM115
     except OSError as error:
         raise StorageError(f"cannot write into {output_dir}: {error.strerror}") from error
     with file:
@@ -404,6 +422,7 @@ def loop(
     stop.phase = stopping.STARTING
     n = first = int(state.step)
     cursor, evaluated, best = meta["cursor"], meta["evaluated"], meta["best_validation_loss"]
+    checkpoints.best.step = meta.get("best_step")
     meter = metrics.Meter(meta, run.flops, run.peak, config.max_bad_steps)
     progress = metrics.Progress(run.total_steps, n)
 
@@ -452,13 +471,14 @@ def loop(
         report(meter.flush())
         about = meter.snapshot() | {
             "cursor": cursor, "evaluated": evaluated, "best_validation_loss": best,
+            "best_step": checkpoints.best.step,
         }  # fmt: skip
         if not is_finite(state):
             raise NumericsError(
                 f"step {n}: parameters or optimizer are not finite numbers; not saved\n"
                 f"  {metrics.STEADIER}"
             )
-        if config.replica_check_every:
+        if checks_replicas:
             check_replicas()
         whole = parallel.of_all_processes(state._asdict())
         checkpoints.save(n, whole, meta | about, validation_loss)
@@ -490,6 +510,7 @@ def loop(
         return interval.is_due(n) or n == run.total_steps
 
     is_finite = jax.jit(step.all_finite)
+    checks_replicas = config.replica_check_every and jax.device_count() > 1
     steps = rows.batches(cursor, run.global_batch, run.row_limit, run.slots)
     steps = itertools.islice(steps, run.total_steps - first)
     ready = parallel.prefetch(
@@ -505,7 +526,8 @@ def loop(
         # A stop request may have cut off the evaluation that belongs to this step.
         if n and is_due(run.evaluating) and evaluated != n:
             with contextlib.suppress(InterruptedEvaluationError):
-                evaluate_now()
+                if is_best(evaluate_now()):  # its checkpoint is there, and knows nothing of it
+                    checkpoints.best.step = n
         if trace.begins_at(n + 1):
             trace.start()
         before = None
@@ -536,10 +558,12 @@ def loop(
                     with contextlib.suppress(InterruptedEvaluationError):
                         validation_loss = evaluate_now()
                     run.evaluating.done()
-                if is_best(validation_loss) or is_due(run.saving) or stop.asked:
+                if best_yet := is_best(validation_loss):
+                    checkpoints.best.step = None
+                if best_yet or is_due(run.saving) or stop.asked:
                     save_now(validation_loss)
                     run.saving.done()
-                elif config.replica_check_every and n % config.replica_check_every == 0:
+                elif checks_replicas and n % config.replica_check_every == 0:
                     check_replicas()
                 if trace.begins_at(n + 1) and not stop.asked:
                     report(meter.flush())

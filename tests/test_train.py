@@ -324,6 +324,45 @@ def test_a_stop_outlives_the_reader_of_its_words(run, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
+def test_what_a_stop_left_unevaluated_may_be_the_best(run, tmp_path, monkeypatch):
+    """Its checkpoint was saved without a loss; it is kept for as long as none is better."""
+    flags = ("--eval_every", "2", "--save_every", "2", "--keep", "1", "--max_steps")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert run(tmp_path, *flags, "12") == 143
+    losses = iter([1.0, 3.0, 2.0, 4.0, 0.5, 0.6])
+    loss_of = "gpt2_flax.train.held_out_loss"
+    monkeypatch.setattr(loss_of, lambda *arguments: (next(losses), 1))
+    for step in (7, 9):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            assert run(tmp_path, *flags, "12") == 143
+        assert saved_steps(tmp_path) == [2, step]
+    assert run(tmp_path, *flags, "12") == 0
+    assert saved_steps(tmp_path) == [10, 12]
+
+
+def saved_steps(output_dir) -> list[int]:
+    return sorted(int(path.name) for path in (output_dir / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_directory_with_settings_of_something_else_is_left_alone(run, tmp_path):
+    for name, words in (("config.yaml", "model: {name: mine}"), ("model.safetensors", "mine")):
+        (tmp_path / name).write_text(words)
+    with pytest.raises(UserError, match=r"holds a config\.yaml that is not of this trainer"):
+        run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model.safetensors"]
+
+
+def test_a_tokenizer_is_somebody_elses_but_after_a_killed_start(run, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("mine")
+    with pytest.raises(UserError, match=r"holds tokenizer\.json but no config\.yaml"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    (tmp_path / ".lock").write_text("")
+    assert run(tmp_path) == 0
+
+
 def test_a_changed_text_is_refused(run, text, tmp_path):
     own = tmp_path / "text.txt"
     shutil.copy(text, own)

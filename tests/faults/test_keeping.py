@@ -34,7 +34,7 @@ class Info:
 def test_a_thousand_sequences(keep):
     """By the policy that checkpoints are made with; resumes lose the steps after one of them."""
     rng = random.Random(keep)
-    policy = checkpoint.preservation_policy(keep)
+    policy = checkpoint.preservation_policy(keep, checkpoint.Best())
     context = checkpoint_managers.PreservationContext()
     for _ in range(1000):
         there, step = {}, 0
