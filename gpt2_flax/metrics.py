@@ -80,14 +80,6 @@ class StepLog:
         if self.path.exists():
             self.replace([row for row in read_log(self.path) if row["step"] <= step])
 
-    def take(self, step: int) -> dict | None:
-        """Remove and return the last row if it is that of a step."""
-        rows = read_log(self.path)
-        if not rows or rows[-1]["step"] != step:
-            return None
-        self.replace(rows[:-1])
-        return rows[-1]
-
     def replace(self, rows: list[dict]) -> None:
         replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -109,8 +101,12 @@ class RunLog(StepLog):
 
     def merge(self, row: dict) -> None:
         """Write a row, into that of its step if that is the last one."""
-        before = self.take(row["step"]) or {}
-        super().write(before | row)
+        rows = read_log(self.path)
+        before = rows.pop() if rows and rows[-1]["step"] == row["step"] else {}
+        if before:  # as a whole: a kill leaves the one or the other
+            self.replace([*rows, before | row])
+        else:
+            super().write(row)
         self.report(row, before)
 
     def report(self, row: dict, before: dict) -> None:

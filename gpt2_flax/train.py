@@ -47,7 +47,15 @@ from gpt2_flax.settings import read_yaml, shown
 
 SETTINGS_FILE = "config.yaml"
 # In every SETTINGS_FILE that a run began with: other files of that name are somebody's own.
-ALWAYS_SAVED = ("n_layers", "n_embd", "block_size", "train_file", "tokenizer", "seed", "save_every")
+ALWAYS_SAVED = (
+    "n_layers",
+    "n_embd",
+    "block_size",
+    "train_file",
+    "tokenizer",
+    "seed",
+    "save_every",
+)
 # A directory that holds one of these and no settings of ours is somebody's own.
 FOREIGN_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin",
@@ -162,7 +170,7 @@ def train(config: TrainConfig) -> int:
             params = parallel.whole(state.params)
             if processes.is_first():
                 logs.sample(int(state.step), params)
-                finish(run, params, tokenizer, output_dir, logs)
+                finish(run, params, output_dir, logs)
                 logs.close()  # before the summary, since Weights & Biases prints one of its own
                 look_back(run, config, state, about_text, logs, checkpoints)
     return 0
@@ -314,13 +322,14 @@ def why_of_another_run(config: TrainConfig, meta: dict) -> str | None:
 
 def save_settings(config: TrainConfig, tokenizer, output_dir: pathlib.Path) -> None:
     """Write the tokenizer and, last, the settings: with them the directory is a run."""
-    try:
-        tokenizer.save(output_dir)
-        temporary = output_dir / f".{SETTINGS_FILE}.tmp"
-        temporary.write_text(dump_yaml(config), encoding="utf-8")
-        os.replace(temporary, output_dir / SETTINGS_FILE)
-    except OSError as error:
-        raise StorageError(f"cannot write into {output_dir}: {error.strerror}") from error
+    names = tokenizers.TOKENIZER_FILE, tokenizers.SETTINGS_FILE
+    with contextlib.ExitStack() as undo:
+        for name in names:
+            undo.callback((output_dir / name).unlink, missing_ok=True)
+        with run_files.storage_errors(output_dir / names[0]):
+            tokenizer.save(output_dir)
+        run_files.replace_file(output_dir / SETTINGS_FILE, dump_yaml(config).encode())
+        undo.pop_all()
 
 
 def make_sampler(config, model_config, tokenizer) -> samples.Sampler | None:
@@ -602,16 +611,17 @@ def held_out_loss(run, config, params, held_out, n_rows, stop, watch) -> tuple[f
 # ---------------------------------------------------------------- finish
 
 
-def finish(run, params, tokenizer, output_dir, logs) -> None:
-    """Export the model and draw the curves."""
+def finish(run, params, output_dir, logs) -> None:
+    """Export the model, beside the tokenizer that is there, and draw the curves."""
     from gpt2_flax.pretrained import FlaxGPT2LMHeadModel
 
+    for leftover in output_dir.glob(".model*.tmp"):  # of an export that was killed
+        leftover.unlink()
     params = jax.device_get(params)
     model_config = as_gpt2_config(run.model_config)
     model = FlaxGPT2LMHeadModel(model_config, dtype=run.module.dtype, params=params)
     with run_files.storage_errors(f"{output_dir}/model.safetensors", checkpoint.bytes_of(params)):
         model.save_pretrained(output_dir)
-        tokenizer.save(output_dir)
     logs.draw()
 
 

@@ -1,5 +1,6 @@
 """Continue a prompt with a trained model: `--temperature 0` takes the likeliest token."""
 
+import argparse
 import pathlib
 import sys
 
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="(default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=0, help="likeliest only; 0: all")
     parser.add_argument("--top_p", type=float, default=1.0, help="share of probability; 1: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
 
@@ -40,6 +41,12 @@ def main(argv: list[str]) -> None:
             args.seed,
         )
     )
+
+
+def seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2**32, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,11 @@ def check_refusal(stderr, *matches, faults=1):
         ("train", ["--config", "none.yaml"], "cannot read --config none.yaml: No such file"),
         ("generate", ["--model", "x", "--promt", "y"], "flag --promt\n  did you mean --prompt"),
         ("generate", [], "required: --model\n  python scripts/generate.py --help"),
+        (
+            "generate",
+            ["--model", "x", "--seed", str(2**64)],
+            "argument --seed: must be at least 0 and below 2\\*\\*32, got 18446744073709551616\n",
+        ),
         ("convert", [], r"required: to_pytorch\|from_pytorch\n  python scripts/convert.py --help"),
         (
             "convert",

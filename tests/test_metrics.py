@@ -1,5 +1,6 @@
 """The log of a run, its speed, and the lines on the terminal."""
 
+import errno
 import json
 import math
 import os
@@ -154,6 +155,21 @@ def test_a_row_of_a_step_that_is_there_is_added_to_it_and_only_that_is_reported(
         (2, {"validation_loss": 2.5}),
         (3, {"tokens": 30, "validation_loss": 2.0}),
     ]
+
+
+def test_a_row_is_not_lost_where_it_cannot_be_added_to(tmp_path, monkeypatch):
+    log = open_log(tmp_path)
+    log.write({"step": 2, "train_loss": 3.0})
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(StorageError, match="No space left on device"):
+            log.merge({"step": 2, "validation_loss": 2.5})
+    assert read_log(log.path) == [{"step": 2, "train_loss": 3.0}]
+    assert list(tmp_path.iterdir()) == [log.path]
 
 
 # ---------------------------------------------------------------- memory

@@ -28,7 +28,7 @@ from gpt2_flax import (
 )
 from gpt2_flax.config import load_config
 from gpt2_flax.data.batches import StoredRows
-from gpt2_flax.errors import CheckpointError, NumericsError, UserError
+from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError
 from gpt2_flax.train import locked, train
 
 TINY = [
@@ -352,6 +352,25 @@ def test_a_directory_with_settings_of_something_else_is_left_alone(run, tmp_path
     with pytest.raises(UserError, match=r"holds a config\.yaml that is not of this trainer"):
         run(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model.safetensors"]
+
+
+def test_a_full_disk_at_the_start_leaves_nothing_half(run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def save(self, directory):
+        (folder / "tokenizer.json").write_text("{")
+        raise Exception("No space left on device (os error 28)")  # as the library says it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save)
+        with pytest.raises(
+            StorageError, match=r"tokenizer\.json: No space left on device\n.*free"
+        ):
+            run(folder)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    (folder / ".model.safetensors.1.tmp").write_text("of an export that was killed")
+    assert run(folder) == 0
+    assert not [*folder.glob("*.tmp"), *folder.glob(".*.tmp")]
 
 
 def test_a_tokenizer_is_somebody_elses_but_after_a_killed_start(run, tmp_path):

@@ -194,14 +194,20 @@ class Tokenizer:
     def save(self, directory) -> None:
         """Write the files that transformers.AutoTokenizer reads. What would run code is left out.
 
-        The names of its templates become names of files, and may be anything.
+        The names of its templates become names of files, and may be anything. Raises OSError.
         """
         templates = self.fast.chat_template
         if isinstance(templates, dict):
             kept = {name: text for name, text in templates.items() if PLAIN_NAME.fullmatch(name)}
             self.fast.chat_template = kept or None
         self.fast.init_kwargs.pop("auto_map", None)
-        self.fast.save_pretrained(str(directory))
+        try:
+            self.fast.save_pretrained(str(directory))
+        except Exception as error:  # the library, which is not Python's, raises nothing else
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if not found:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(directory)) from error
 
 
 def make_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
