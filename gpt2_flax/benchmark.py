@@ -4,9 +4,14 @@ A cell is one measurement in a process of its own. Cells that are compared take 
 a machine that is busy for a while slows down both; medians and ranges are over processes.
 """
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -62,13 +67,16 @@ def train(settings: dict) -> dict:
     programs, in which one more process of ours then starts warm.
     """
     rounds = {cell: [] for cell in ("ours", *settings["peer"])}
-    warm = []
+    warm, kind, peak = [], None, None
     for n in range(settings["processes"]):
         with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
             kept = settings | {"compilation_cache": f"{folder}/jax", "seed": n}
             variables = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch"}
             for cell, found in rounds.items():
-                found.append(of_training(cell, kept, variables))
+                figures = of_training(cell, kept, variables)
+                n_devices, kind, peak = figures.pop("device", (1, kind, peak))
+                figures["MFU"] = mfu(figures["tokens/s"], settings, peak and n_devices * peak)
+                found.append(figures)
             again = of_training("ours", kept | {"steps": 1, "warm_up": 0}, variables)
             warm.append(again["s to the first step"])
     results = spreads(rounds)
@@ -80,6 +88,41 @@ def train(settings: dict) -> dict:
             if values:
                 results[f"ours / {cell}: {what}"] = spread("", values)
     return results
+
+
+def mfu(speed: float, settings: dict, peak: float | None) -> float | None:
+    """Of tokens a second on devices of a peak, in FLOP/s; None where that is unknown."""
+    from gpt2_flax import metrics
+
+    sizes = (settings[name] for name in ("n_layers", "n_embd", "vocab_size", "block_size"))
+    return peak and speed * metrics.flops_per_token(*sizes) / peak
+
+
+def about() -> dict:
+    """The machine and what is installed on it, beside which figures mean something."""
+    names = "jax", "jaxlib", "flax", "optax", "transformers", "torch", "accelerate"
+    processors = re.findall(r"^model name\s*: (.*)$", read_if_there("/proc/cpuinfo"), re.M)
+    gpus = read_if_there(*pathlib.Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processors[0] if processors else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": re.findall(r"^Model:\s*(.*)$", gpus, re.M),
+        "Python": platform.python_version(),
+        "packages": {
+            name: importlib.metadata.version(name) for name in names
+            if importlib.util.find_spec(name) is not None
+        },
+        "MFU": "tokens/s x (6 N + 12 L D T) / peak FLOP/s of the devices",
+    }  # fmt: skip
+
+
+def read_if_there(*paths) -> str:
+    text = ""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            text += pathlib.Path(path).read_text()
+    return text
 
 
 def decode(settings: dict) -> dict:

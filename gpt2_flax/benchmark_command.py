@@ -22,6 +22,11 @@ PEERS = {
     "jit": (),
     "fsdp": (),
 }
+# `train` and `decode` measure ours with jax, flax, optax and transformers alone.
+NEEDED = PEERS | {
+    "checkpoint": ("orbax", "xxhash"),
+    "data": ("tokenizers", "xxhash", "pyarrow"),
+}
 
 
 def at_least_1(text: str) -> int:
@@ -131,25 +136,29 @@ def run(parser: ArgumentParser, argv: list[str]) -> None:
                 f"n_embd {args['n_embd']} is not divisible by n_heads {args['n_heads']}"
             )
 
-    check_packages(["torch"] if args["command"] == "decode" else args.get("peer", []))
+    check_packages(
+        "comparing with", ["torch"] if args["command"] == "decode" else args.get("peer", [])
+    )
+    check_packages("measuring a", [args["command"]])
 
     from gpt2_flax import benchmark
 
     with open_json(args.pop("json")) as file:
+        about = benchmark.about() | {"settings": args.copy()}
         results = getattr(benchmark, args.pop("command"))(args)
         print(benchmark.table(results))
         if file is not None:
             file.truncate(0)
-            json.dump(results, file, indent=1)
+            json.dump({"about": about, "figures": results}, file, indent=1)
 
 
-def check_packages(peers: list[str]) -> None:
+def check_packages(doing: str, peers: list[str]) -> None:
     """Raise UserError where a package of a peer is missing: ours are measured first."""
     for peer in peers:
-        missing = [name for name in PEERS[peer] if importlib.util.find_spec(name) is None]
+        missing = [name for name in NEEDED.get(peer, ()) if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(
-                f"comparing with {peer} needs packages that are not installed:"
+                f"{doing} {peer} needs packages that are not installed:"
                 f" {', '.join(missing)}\n  pip install {' '.join(missing)}; or, of a training"
                 " step, --peer without a name measures ours alone"
             )

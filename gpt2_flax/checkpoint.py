@@ -87,6 +87,14 @@ class Checkpoints:
         )
         manifest.write(directory, self.saving)
 
+    def flush_name(self) -> None:
+        """Have on the disk itself what came after the manifest of the step that was saved."""
+        if self.saving is not None and processes.is_first():
+            directory = self.folder / str(self.saving)
+            for path in (*map(directory.joinpath, manifest.LATER), directory, self.folder):
+                with contextlib.suppress(FileNotFoundError):
+                    manifest.flush(path)
+
     def empty_trash(self) -> None:
         """Delete, in a thread, what Orbax put aside for it. A kill leaves no half checkpoint."""
         if not processes.is_first():
@@ -115,6 +123,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         with self.storage_errors():
             self.manager.wait_until_finished()
+            self.flush_name()
             self.empty_trash()
             self.saving, self.needed = step, bytes_of(state)
             if not self.manager.save(step, args=items, metrics=as_metrics(validation_loss)):
@@ -125,6 +134,7 @@ class Checkpoints:
         with self.storage_errors():
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
+            self.flush_name()
 
     def confirm(self, step: int) -> None:
         """Raise StorageError where what is on disk of a step is not what was saved."""

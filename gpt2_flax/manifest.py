@@ -22,6 +22,7 @@ CHUNK_BYTES = 1 << 26  # hashed by one thread at a time
 # Orbax writes these two after the manifest. The first says when it did so, which nothing here
 # depends on: it is compared without that. The second holds a sentence and is never read.
 STEP_METADATA, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
+LATER = STEP_METADATA, COMMITTED
 WRITTEN_LATER = "commit_timestamp_nsecs"
 PATIENCE = 60.0  # seconds that Orbax's thread may take to write the first of them
 
@@ -33,7 +34,7 @@ class DamagedError(Exception):
 def write(directory: pathlib.Path, step: int) -> None:
     """Describe the files of a checkpoint and flush all of it to the disk."""
     await_step_metadata(directory)
-    names = [name for name in list_files(directory) if name not in (STEP_METADATA, COMMITTED)]
+    names = [name for name in list_files(directory) if name not in LATER]
     body = {
         "version": VERSION,
         "step": step,
@@ -75,7 +76,7 @@ def check(directory: pathlib.Path, step: int) -> None:
         raise DamagedError(f"{FILE} is that of step {body['step']}")
     for name in sorted(files.keys() - found):
         raise DamagedError(f"{name} is missing")
-    for name in sorted(found - files.keys() - {FILE, STEP_METADATA, COMMITTED}):
+    for name in sorted(found - files.keys() - {FILE, *LATER}):
         raise DamagedError(f"{name} was added")
     for name, size in sorted(sizes.items()):
         if (there := (directory / name).stat().st_size) != size:

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from gpt2_flax import benchmark
@@ -38,7 +39,7 @@ def test_data_is_measured(measure, tmp_path):
         "--processes", 1, "--json", figures,
     )  # fmt: skip
     assert code == 0, err
-    results = json.loads(figures.read_text())
+    results = json.loads(figures.read_text())["figures"]
     assert [result["unit"] for result in results.values()] == [
         *["rows/s"] * 2, "%", *["MB/s"] * 3
     ]  # fmt: skip
@@ -60,12 +61,17 @@ def test_our_step_is_measured_beside_torchs_and_its_own_by_jit(measure, tmp_path
     flags = "--peer", "torch", "jit", "--dropout", "0.1", "--json", figures
     code, out, err = measure(*TINY, *STEPS, *flags, command="train")
     assert code == 0, err
-    results = json.loads(figures.read_text())
+    written = json.loads(figures.read_text())
+    results, about = written["figures"], written["about"]
+    assert about["packages"]["jax"] == jax.__version__ and about["processor"]
+    assert about["settings"]["n_embd"] == 6 and about["cores"] >= 1
     for cell in ("ours", "torch", "jit"):
         tokens, seconds = (results[f"{cell}: {what}"]["median"] for what in ("tokens/s", "s/step"))
         assert tokens == pytest.approx(8 * 5 / seconds)
         assert 0.1 < results[f"{cell}: GB of the host"]["median"] < 10
         assert results[f"{cell}: s to the first step"]["low"] > 0.5
+        first = results[f"{cell}: s of the first step, compiled in it"]["low"]
+        assert 0 < first < results[f"{cell}: s to the first step"]["low"]
     ratio = results["ours: tokens/s"]["median"] / results["torch: tokens/s"]["median"]
     assert results["ours / torch: tokens/s"]["median"] == pytest.approx(ratio)
     assert results["ours: MFU"]["median"] is None  # the peak of this CPU isn't known
@@ -116,6 +122,12 @@ def test_our_step_needs_nothing_of_what_reads_data_saves_or_draws():
     )
     assert done.returncode == 0, done.stderr
     assert "'tokens/s': " in done.stdout
+
+
+def test_mfu_is_that_of_any_cell_where_the_peak_is_known():
+    settings = {"n_layers": 12, "n_embd": 768, "vocab_size": 50257, "block_size": 1024}
+    assert benchmark.mfu(549_900, settings, 989.4e12) == pytest.approx(0.475, abs=1e-3)
+    assert benchmark.mfu(549_900, settings, None) is None
 
 
 @pytest.mark.parametrize(
