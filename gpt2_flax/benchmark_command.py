@@ -23,10 +23,8 @@ PEERS = {
     "fsdp": (),
 }
 # `train` and `decode` measure ours with jax, flax, optax and transformers alone.
-NEEDED = PEERS | {
-    "checkpoint": ("orbax", "xxhash"),
-    "data": ("tokenizers", "xxhash", "pyarrow"),
-}
+NEEDED = {"checkpoint": ("orbax", "xxhash"), "data": ("tokenizers", "xxhash")}
+REMEDY = "; or, of a training step, --peer without a name measures ours alone"
 
 
 def at_least_1(text: str) -> int:
@@ -136,10 +134,9 @@ def run(parser: ArgumentParser, argv: list[str]) -> None:
                 f"n_embd {args['n_embd']} is not divisible by n_heads {args['n_heads']}"
             )
 
-    check_packages(
-        "comparing with", ["torch"] if args["command"] == "decode" else args.get("peer", [])
-    )
-    check_packages("measuring a", [args["command"]])
+    for peer in ["torch"] if args["command"] == "decode" else args.get("peer", []):
+        check_packages(f"comparing with {peer}", PEERS[peer], REMEDY)
+    check_packages(args["command"], NEEDED.get(args["command"], ()))
 
     from gpt2_flax import benchmark
 
@@ -152,16 +149,14 @@ def run(parser: ArgumentParser, argv: list[str]) -> None:
             json.dump({"about": about, "figures": results}, file, indent=1)
 
 
-def check_packages(doing: str, peers: list[str]) -> None:
-    """Raise UserError where a package of a peer is missing: ours are measured first."""
-    for peer in peers:
-        missing = [name for name in NEEDED.get(peer, ()) if importlib.util.find_spec(name) is None]
-        if missing:
-            raise UserError(
-                f"{doing} {peer} needs packages that are not installed:"
-                f" {', '.join(missing)}\n  pip install {' '.join(missing)}; or, of a training"
-                " step, --peer without a name measures ours alone"
-            )
+def check_packages(what: str, packages: tuple[str, ...], otherwise: str = "") -> None:
+    """Raise UserError where a package is missing, before minutes are spent on others' cells."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{what} needs packages that are not installed: {', '.join(missing)}\n"
+            f"  pip install {' '.join(missing)}{otherwise}"
+        )
 
 
 def open_json(path: str | None):

@@ -151,8 +151,10 @@ def checkpoint(settings: dict) -> dict:
     import jax
 
     from gpt2_flax import checkpoint as checkpoints
+    from gpt2_flax import step
 
     state, update, rows = build(settings)
+    is_finite = jax.jit(step.all_finite)
 
     def steps(count) -> list[float]:
         nonlocal state
@@ -166,6 +168,8 @@ def checkpoint(settings: dict) -> dict:
     def save(n) -> tuple[float, float, float]:
         """Seconds: that the call takes, until the save is on disk, that all steps lose by it."""
         began = time.perf_counter()
+        if not is_finite(state):  # as in training
+            raise RuntimeError("the state is not finite")
         saver.save(n, state._asdict(), {}, None)
         blocked = time.perf_counter() - began
         written = thread.submit(lambda: saver.wait() or time.perf_counter())
@@ -179,6 +183,7 @@ def checkpoint(settings: dict) -> dict:
     ):
         saver = checkpoints.Checkpoints(folder, 1, lambda meta: None)
         steps(1 + settings["warm_up"])
+        is_finite(state)
         usual = statistics.median(steps(settings["steps"]))
         first, _, *others = [save(n) for n in range(1, 6)]
         later = [statistics.median(column) for column in zip(*others, strict=True)]

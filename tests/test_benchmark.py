@@ -171,6 +171,17 @@ def test_a_peer_s_package_that_is_missing_is_named_first(measure, monkeypatch, a
     )
 
 
+def test_a_package_that_a_save_takes_and_is_missing_is_named(measure, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "xxhash" else find(name)
+    )
+    code, out, err = measure(command="checkpoint")
+    assert (code, out) == (2, "")
+    expected = "error: checkpoint needs packages that are not installed: xxhash\n"
+    assert err == f"{expected}  pip install xxhash\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "match"),
     [
