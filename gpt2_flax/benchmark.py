@@ -67,14 +67,14 @@ def train(settings: dict) -> dict:
     programs, in which one more process of ours then starts warm.
     """
     rounds = {cell: [] for cell in ("ours", *settings["peer"])}
-    warm, kind, peak = [], None, None
+    warm, peak = [], None
     for n in range(settings["processes"]):
         with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
             kept = settings | {"compilation_cache": f"{folder}/jax", "seed": n}
             variables = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch"}
             for cell, found in rounds.items():
                 figures = of_training(cell, kept, variables)
-                n_devices, kind, peak = figures.pop("device", (1, kind, peak))
+                n_devices, peak = figures.pop("peak FLOP/s", (1, peak))  # ours know it
                 figures["MFU"] = mfu(figures["tokens/s"], settings, peak and n_devices * peak)
                 found.append(figures)
             again = of_training("ours", kept | {"steps": 1, "warm_up": 0}, variables)

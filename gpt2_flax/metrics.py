@@ -175,7 +175,7 @@ class Meter:
         self.timed_from = 0  # the place in the window of that part's first step
         self.drained = None  # when, in a pause, the device had done all its steps
         # Notes when a window's last step is done, which the host learns too late: it only
-        # hands out the steps, and is many ahead of the device.
+        # hands out the steps, and is one ahead of the device.
         self.watcher = concurrent.futures.ThreadPoolExecutor(1)
 
     def add(self, step: int, values: dict) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +49,8 @@ from gpt2_flax.settings import read_yaml, shown
 SETTINGS_FILE = "config.yaml"
 # In every SETTINGS_FILE that a run began with: other files of that name are somebody's own.
 ALWAYS_SAVED = (
-    "n_layers",
-    "n_embd",
-    "block_size",
-    "train_file",
-    "tokenizer",
-    "seed",
-    "save_every",
-)
+    "n_layers", "n_embd", "block_size", "train_file", "tokenizer", "seed", "save_every",
+)  # fmt: skip
 # A directory that holds one of these and no settings of ours is somebody's own.
 FOREIGN_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin",
@@ -64,6 +59,7 @@ FOREIGN_FILES = (
 )  # fmt: skip
 LOCK_FILE = ".lock"
 RATES_AT_ONCE = 4096
+LONG_STEP = 4.0  # seconds; the device waits for the host after one, for some hundredths of them
 MAX_SAVED_BYTES = 2**20  # of SETTINGS_FILE, which may name thousands of files
 
 
@@ -138,6 +134,8 @@ def train(config: TrainConfig) -> int:
                 check_still_new(output_dir)
             if not continuing:
                 save_settings(config, tokenizer, output_dir)
+            elif not (output_dir / tokenizers.TOKENIZER_FILE).is_file():
+                save_tokenizer(tokenizer, output_dir)
 
         processes.first_only(take_directory)
         if not continuing:
@@ -322,13 +320,18 @@ def why_of_another_run(config: TrainConfig, meta: dict) -> str | None:
 
 def save_settings(config: TrainConfig, tokenizer, output_dir: pathlib.Path) -> None:
     """Write the tokenizer and, last, the settings: with them the directory is a run."""
+    save_tokenizer(tokenizer, output_dir)
+    run_files.replace_file(output_dir / SETTINGS_FILE, dump_yaml(config).encode())
+
+
+def save_tokenizer(tokenizer, output_dir: pathlib.Path) -> None:
+    """All of it or nothing. Raises StorageError."""
     names = tokenizers.TOKENIZER_FILE, tokenizers.SETTINGS_FILE
     with contextlib.ExitStack() as undo:
         for name in names:
             undo.callback((output_dir / name).unlink, missing_ok=True)
         with run_files.storage_errors(output_dir / names[0]):
             tokenizer.save(output_dir)
-        run_files.replace_file(output_dir / SETTINGS_FILE, dump_yaml(config).encode())
         undo.pop_all()
 
 
@@ -539,13 +542,15 @@ def loop(
                     checkpoints.best.step = n
         if trace.begins_at(n + 1):
             trace.start()
-        before = None
+        before, done = None, time.monotonic()
+        is_long = False
         for batch, numbers, cursor in ready:
             with trace.annotated(n + 1):
                 state, values = run.train_step(state, batch)
             # One step is computed and one waits: a stop waits for no more, and programs of several
             # devices of a CPU that wait for each other can stop for good where more are under way.
-            jax.block_until_ready(before)
+            jax.block_until_ready(values if is_long else before)
+            is_long, done = time.monotonic() - done > LONG_STEP, time.monotonic()
             before = values
             stop.phase = stopping.RUNNING
             n += 1

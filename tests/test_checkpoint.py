@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_flax import checkpoint, checkpoint_files, parallel
+from gpt2_flax import checkpoint, checkpoint_files, manifest, parallel
 from gpt2_flax.errors import CheckpointError, StorageError, UserError
 
 
@@ -59,6 +59,23 @@ def test_state_and_meta_come_back_on_every_device(store):
     assert got == meta
     assert_same(state, make_state(5))
     assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {parallel.replicated()}
+
+
+def test_the_name_of_a_checkpoint_is_flushed_when_it_has_it(store, monkeypatch):
+    opened, flushed = store(), []
+    flush = manifest.flush
+
+    def note(path):
+        flush(path)
+        flushed.append(path)
+
+    monkeypatch.setattr(manifest, "flush", note)
+    opened.save(1, make_state(1), {}, None)
+    opened.wait()
+    step = opened.folder / "1"
+    assert flushed[-2:] == [step, opened.folder]
+    # Orbax writes one of the two only where renaming is not atomic.
+    assert step / manifest.STEP_METADATA in flushed
 
 
 def test_headers_say_of_a_state_what_orbax_says(store, monkeypatch):

@@ -373,6 +373,27 @@ def test_a_full_disk_at_the_start_leaves_nothing_half(run, tmp_path, monkeypatch
     assert not [*folder.glob("*.tmp"), *folder.glob(".*.tmp")]
 
 
+def test_the_tokenizer_is_not_written_over_what_is_there_but_comes_back(
+    run, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert run(tmp_path) == 143
+    written = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").unlink()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert run(tmp_path) == 143
+    assert (tmp_path / "tokenizer.json").read_bytes() == written
+
+    def save(self, directory):
+        raise AssertionError("a kill would leave half of it")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save)
+    assert run(tmp_path) == 0
+    assert (tmp_path / "tokenizer.json").read_bytes() == written
+
+
 def test_a_tokenizer_is_somebody_elses_but_after_a_killed_start(run, tmp_path):
     (tmp_path / "tokenizer.json").write_text("mine")
     with pytest.raises(UserError, match=r"holds tokenizer\.json but no config\.yaml"):

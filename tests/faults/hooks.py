@@ -72,10 +72,11 @@ def slow_down(seconds: float) -> None:
     follow(metrics.Meter, "add", lambda self, n, values: time.sleep(seconds))
 
 
-def slow_device(seconds: float) -> None:
+def slow_device(seconds: float, long_step: float) -> None:
     """Let the device take that much longer for each step, which the host need not wait for."""
-    from gpt2_flax import parallel
+    from gpt2_flax import parallel, train
 
+    train.LONG_STEP = long_step
     compile_train_step = parallel.compile_train_step
 
     def wait(values):
@@ -229,6 +230,13 @@ def precede(owner, name, also) -> None:
         return before(*arguments)
 
     setattr(owner, name, both)
+
+
+def never_compare() -> None:
+    """The copies of a state must not be compared."""
+    from gpt2_flax import parallel
+
+    parallel.differing_replicas = fail
 
 
 def hang_in_step(step: int) -> None:

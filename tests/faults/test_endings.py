@@ -99,3 +99,9 @@ def test_a_flipped_bit_of_one_device_is_found(nursery, text, tmp_path, devices):
         devices, hook=["flip_a_bit", 3, 1],
     )  # fmt: skip
     assert run.wait() == 0, run.text()
+    for n_devices, code in ((1, 0), (2, 1)):  # of one device there is nothing to compare
+        run = nursery.start(
+            settings(text, tmp_path / f"{n_devices}", max_steps=6, replica_check_every=1),
+            n_devices, hook=["never_compare"],
+        )  # fmt: skip
+        assert run.wait() == code, run.text()
