@@ -21,11 +21,14 @@ import time
 import numpy as np
 
 from gpt2_flax import huge_pages
-from gpt2_flax.errors import StorageError, UserError
+from gpt2_flax.errors import StorageError, UserError, say
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 AS_TRAIN_PY = "ours", "jit", "fsdp", "checkpoint"  # cells that run as scripts/train.py does
 TOKENIZE_MB = 16  # of text, in a cell that tokenizes
+BUSY = 0.7  # programs at once
+WARM = "ours, compiled before"
+FIRST = "s to the first step"
 
 
 def data(settings: dict) -> dict:
@@ -33,29 +36,27 @@ def data(settings: dict) -> dict:
 
     settings: train_file ("" for Python's own sources), tokenizer, batch_size, block_size,
     tokens_per_second (of the step that is fed), steps, processes (of each cell).
-    Returns name -> {"unit", "median", "low", "high"} of what was measured.
+    Returns name -> {"unit", "median", "low", "high", "values"} of what was measured.
     """
-    with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
-        settings = settings | {"folder": folder}
-        in_fresh_process("prepare", settings)
-        cells = ("cached", "streamed", "fed from the cache", "tokenize", "tokenize_hf",
-                 "tokenize_hf_fast")  # fmt: skip
-        values = {cell: [] for cell in cells}
-        for _ in range(settings["processes"]):
-            for cell in cells:
-                values[cell].append(in_fresh_process(cell, settings))
-    names = {
+    fed = f"of a step at {settings['tokens_per_second']:,.0f} tokens/s, waiting for data"
+    cells = {
         "cached": ("rows from the cache", "rows/s"),
         "streamed": ("rows from a stream, tokenized on the fly", "rows/s"),
-        "fed from the cache": (
-            f"of a step at {settings['tokens_per_second']:,.0f} tokens/s, waiting for data",
-            "%",
-        ),
+        "fed from the cache": (fed, "%"),
         "tokenize": ("tokenizing, one core", "MB/s"),
         "tokenize_hf": ("tokenizers' encode_batch, one core", "MB/s"),
         "tokenize_hf_fast": ("tokenizers' encode_batch_fast, one core", "MB/s"),
     }
-    return {names[cell][0]: spread(names[cell][1], found) for cell, found in values.items()}
+    with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
+        settings = settings | {"folder": folder}
+        in_fresh_process("prepare", settings)
+        values = in_turn(
+            cells, settings, lambda cell, n: {cells[cell][1]: in_fresh_process(cell, settings)}
+        )
+    return {
+        name: spread(unit, [figures[unit] for figures in values[cell]])
+        for cell, (name, unit) in cells.items()
+    }
 
 
 def train(settings: dict) -> dict:
@@ -66,21 +67,26 @@ def train(settings: dict) -> dict:
     same sizes, update rule and clipping. Each round is cold: it has an empty folder for compiled
     programs, in which one more process of ours then starts warm.
     """
-    rounds = {cell: [] for cell in ("ours", *settings["peer"])}
-    warm, peak = [], None
-    for n in range(settings["processes"]):
-        with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
-            kept = settings | {"compilation_cache": f"{folder}/jax", "seed": n}
-            variables = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch"}
-            for cell, found in rounds.items():
-                figures = of_training(cell, kept, variables)
-                n_devices, peak = figures.pop("peak FLOP/s", (1, peak))  # ours know it
-                figures["MFU"] = mfu(figures["tokens/s"], settings, peak and n_devices * peak)
-                found.append(figures)
+    peak = None  # FLOP/s of all devices, which ours know
+
+    def measure(cell, n):
+        nonlocal peak
+        kept = settings | {"compilation_cache": f"{folder}/jax{n}", "seed": n}
+        variables = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch{n}"}
+        if cell == WARM:
             again = of_training("ours", kept | {"steps": 1, "warm_up": 0}, variables)
-            warm.append(again["s to the first step"])
+            return {FIRST: again[FIRST]}
+        figures = of_training(cell, kept, variables)
+        if "peak FLOP/s" in figures:
+            n_devices, peak = figures.pop("peak FLOP/s")
+            peak = peak and n_devices * peak
+        return figures | {"MFU": mfu(figures["tokens/s"], settings, peak)}
+
+    with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
+        rounds = in_turn(("ours", *settings["peer"], WARM), settings, measure)
+    warm = rounds.pop(WARM)
     results = spreads(rounds)
-    results["ours: s to the first step, compiled before"] = spread("", warm)
+    results[f"ours: {FIRST}, compiled before"] = spread("", [found[FIRST] for found in warm])
     for cell in settings["peer"]:
         for what in ("tokens/s", "processor s/step", "GB of the host", "GB of the device"):
             pairs = zip(rounds["ours"], rounds[cell], strict=True)
@@ -107,6 +113,7 @@ def about() -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "processor": processors[0] if processors else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "load of the last minute": load(),
         "gpus": re.findall(r"^Model:\s*(.*)$", gpus, re.M),
         "Python": platform.python_version(),
         "packages": {
@@ -115,6 +122,11 @@ def about() -> dict:
         },
         "MFU": "tokens/s x (6 N + 12 L D T) / peak FLOP/s of the devices",
     }  # fmt: skip
+
+
+def load() -> float:
+    """Programs that ran at once in the last minute, on the average."""
+    return round(os.getloadavg()[0], 2)
 
 
 def read_if_there(*paths) -> str:
@@ -128,10 +140,8 @@ def read_if_there(*paths) -> str:
 def decode(settings: dict) -> dict:
     """Greedy decoding after a prompt of random ids with a cache, ours and PyTorch's."""
     settings = settings | {"dropout": 0.0, "dtype": "float32"}
-    rounds = {"decode ours": [], "decode torch": []}
-    for n in range(settings["processes"]):
-        for cell, found in rounds.items():
-            found.append(of_training(cell, settings | {"seed": n}))
+    cells = "decode ours", "decode torch"
+    rounds = in_turn(cells, settings, lambda cell, n: of_training(cell, settings | {"seed": n}))
     results = spreads(rounds)
     pairs = zip(*rounds.values(), strict=True)
     results["ours / torch: tokens/s"] = spread(
@@ -142,11 +152,33 @@ def decode(settings: dict) -> dict:
 
 def checkpoint(settings: dict) -> dict:
     """What a save costs the steps around it."""
-    found = [
-        of_training("checkpoint", settings | {"dropout": 0.0, "seed": n})
-        for n in range(settings["processes"])
-    ]
-    return spreads({"save": found})
+    settings = settings | {"dropout": 0.0}
+    rounds = in_turn(
+        ("checkpoint",), settings, lambda cell, n: of_training(cell, settings | {"seed": n})
+    )
+    return spreads({"save": rounds["checkpoint"]})
+
+
+def in_turn(cells, settings: dict, measure) -> dict[str, list[dict]]:
+    """What each cell measured in each of its processes, in turn. Says what comes, as it does.
+
+    measure: (cell, round) -> figures by name, the first of which is said.
+    """
+    found = {cell: [] for cell in cells}
+    if load() > BUSY:
+        say(f"the machine was busy in the last minute (load {load()}): figures may vary")
+    n_processes, done = len(found) * settings["processes"], 0
+    say(
+        f"{n_processes} processes, one after another, in {settings['processes']} rounds of"
+        f" {'; '.join(found)}"
+    )
+    for n in range(settings["processes"]):
+        for cell, rounds in found.items():
+            rounds.append(measure(cell, n))
+            done += 1
+            what, value = next(iter(rounds[-1].items()))
+            say(f"{done} of {n_processes}: {cell}, {shown(value)} {what}")
+    return found
 
 
 def of_training(cell: str, settings: dict, variables: dict | None = None) -> dict:
@@ -166,11 +198,12 @@ def spreads(rounds: dict[str, list[dict]]) -> dict:
 
 
 def spread(unit: str, values: list) -> dict:
-    """Median and range; None of values that are not known."""
+    """Median, range, and the values in turn; None of those that are not known."""
     if None in values:
-        return {"unit": unit, "median": None, "low": None, "high": None}
+        return {"unit": unit, "median": None, "low": None, "high": None, "values": values}
     low, high = min(values), max(values)
-    return {"unit": unit, "median": statistics.median(values), "low": low, "high": high}
+    median = statistics.median(values)
+    return {"unit": unit, "median": median, "low": low, "high": high, "values": values}
 
 
 def in_fresh_process(

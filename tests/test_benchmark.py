@@ -77,6 +77,33 @@ def test_our_step_is_measured_beside_torchs_and_its_own_by_jit(measure, tmp_path
     assert results["ours: MFU"]["median"] is None  # the peak of this CPU isn't known
     assert re.search("^ours: MFU +unknown$", out, re.MULTILINE)
     assert results["ours: s to the first step, compiled before"]["low"] > 0.5
+    lines = re.findall(r"^(\d of 4: .*), [\d,.]+ (.*)$", err, re.MULTILINE)
+    assert lines == [
+        ("1 of 4: ours", "tokens/s"), ("2 of 4: torch", "tokens/s"), ("3 of 4: jit", "tokens/s"),
+        ("4 of 4: ours, compiled before", "s to the first step"),
+    ]  # fmt: skip
+
+
+def test_cells_take_turns():
+    asked = []
+
+    def measure(cell, n):
+        asked.append((cell, n))
+        return {"s": len(asked)}
+
+    found = benchmark.in_turn(("a", "b"), {"processes": 2}, measure)
+    assert asked == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert benchmark.spreads(found)["b: s"] == {
+        "unit": "", "median": 3, "low": 2, "high": 4, "values": [2, 4]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.1, False), (3.2, True)])
+def test_a_busy_machine_is_said(capsys, monkeypatch, load, busy):
+    monkeypatch.setattr(benchmark.os, "getloadavg", lambda: (load, 0, 0))
+    benchmark.in_turn(("a",), {"processes": 1}, lambda cell, n: {"s": 1.0})
+    assert (f"load {load}" in capsys.readouterr().err) == busy
+    assert benchmark.about()["load of the last minute"] == load
 
 
 def test_decoding_is_measured_beside_torchs(measure):
