@@ -1,7 +1,6 @@
 """A training run from its settings to the final model: the order of events."""
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import logging
@@ -34,6 +33,7 @@ from gpt2_flax import (
     profiling,
     report,
     reporters,
+    run_directory,
     run_files,
     samples,
     step,
@@ -42,25 +42,12 @@ from gpt2_flax import (
 from gpt2_flax.architecture import as_gpt2_config
 from gpt2_flax.config import TrainConfig, differing_keys, dump_yaml, profiled_steps
 from gpt2_flax.data import batches, opening, show, tokenizers
-from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError, say
+from gpt2_flax.errors import CheckpointError, NumericsError, UserError, say
 from gpt2_flax.logs import Logs
-from gpt2_flax.settings import read_yaml, shown
+from gpt2_flax.settings import shown
 
-SETTINGS_FILE = "config.yaml"
-# In every SETTINGS_FILE that a run began with: other files of that name are somebody's own.
-ALWAYS_SAVED = (
-    "n_layers", "n_embd", "block_size", "train_file", "tokenizer", "seed", "save_every",
-)  # fmt: skip
-# A directory that holds one of these and no settings of ours is somebody's own.
-FOREIGN_FILES = (
-    "config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin",
-    "flax_model.msgpack", metrics.LOG_FILE, curves.PLOT_FILE, samples.SAMPLES_FILE,
-    report.REPORT_FILE,
-)  # fmt: skip
-LOCK_FILE = ".lock"
 RATES_AT_ONCE = 4096
 LONG_STEP = 4.0  # seconds; the device waits for the host after one, for some hundredths of them
-MAX_SAVED_BYTES = 2**20  # of SETTINGS_FILE, which may name thousands of files
 
 
 def train(config: TrainConfig) -> int:
@@ -92,11 +79,12 @@ def train(config: TrainConfig) -> int:
 
         def look_into_directory():
             run_files.refuse_links(output_dir, "output_dir", but=(model_card.CARD_FILE,))
-            holds_a_run = (output_dir / SETTINGS_FILE).is_file()
+            holds_a_run = run_directory.holds_a_run(output_dir)
             if holds_a_run:
-                read_settings(output_dir)  # a lock is not to be put beside somebody else's
-                cleanup.enter_context(locked(output_dir))
-            continuing = check_output_dir(config, output_dir)
+                # Raises before a lock is put beside somebody else's file.
+                run_directory.read_settings(output_dir)
+                cleanup.enter_context(run_directory.locked(output_dir))
+            continuing = run_directory.check(config, output_dir)
             reporters.check(config.report_to)
             return holds_a_run, continuing
 
@@ -129,13 +117,13 @@ def train(config: TrainConfig) -> int:
 
         def take_directory():
             if not holds_a_run:
-                make_directory(output_dir)
-                cleanup.enter_context(locked(output_dir))
-                check_still_new(output_dir)
+                run_directory.make(output_dir)
+                cleanup.enter_context(run_directory.locked(output_dir))
+                run_directory.check_still_new(output_dir)
             if not continuing:
-                save_settings(config, tokenizer, output_dir)
+                run_directory.begin(config, tokenizer, output_dir)
             elif not (output_dir / tokenizers.TOKENIZER_FILE).is_file():
-                save_tokenizer(tokenizer, output_dir)
+                run_directory.save_tokenizer(tokenizer, output_dir)
 
         processes.first_only(take_directory)
         if not continuing:
@@ -177,55 +165,6 @@ def train(config: TrainConfig) -> int:
 # ---------------------------------------------------------------- check
 
 
-def check_output_dir(config: TrainConfig, output_dir: pathlib.Path) -> bool:
-    """Whether output_dir holds this run already. Raises where it holds something else."""
-    settings = output_dir / SETTINGS_FILE
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir {output_dir} is a file\n  name a directory")
-    if not settings.is_file():
-        if config.resume == "require":
-            raise CheckpointError(f"output_dir {output_dir} holds no run to resume")
-        names = FOREIGN_FILES
-        if not (output_dir / LOCK_FILE).exists():  # else a start was killed that had written them
-            names += (tokenizers.TOKENIZER_FILE, tokenizers.SETTINGS_FILE)
-        foreign = [name for name in names if (output_dir / name).exists()]
-        if foreign or (output_dir / checkpoint.FOLDER).exists():
-            raise UserError(
-                f"output_dir {output_dir} holds {', '.join(foreign) or 'checkpoints'} but no"
-                f" {SETTINGS_FILE}: it is not a run of this trainer\n"
-                "  choose another --output_dir; nothing was changed"
-            )
-        return False
-    if config.resume == "never":
-        raise UserError(
-            f"output_dir {output_dir} holds a run, and --resume never forbids to continue it\n"
-            "  choose another --output_dir"
-        )
-    differing = differing_keys(config, read_settings(output_dir))
-    if differing:
-        listed = ", ".join(
-            f"{name} {shown(old)} -> {shown(new)}" for name, (old, new) in differing.items()
-        )
-        raise UserError(
-            f"output_dir {output_dir} holds a run with other settings: {listed}\n"
-            "  choose another --output_dir, or repeat the run's settings to continue it"
-        )
-    return True
-
-
-def read_settings(output_dir: pathlib.Path) -> dict:
-    """The settings of the run that is there. Raises UserError for a file that is not a run's."""
-    saved, faults = read_yaml(str(output_dir / SETTINGS_FILE), (), MAX_SAVED_BYTES)
-    if faults:
-        raise CheckpointError(faults[0].split("\n")[0])
-    if not {*ALWAYS_SAVED} <= saved.keys():
-        raise UserError(
-            f"output_dir {output_dir} holds a {SETTINGS_FILE} that is not of this trainer\n"
-            "  choose another --output_dir; nothing was changed"
-        )
-    return saved
-
-
 def check_intervals(config: TrainConfig) -> None:
     """Raise UserError where processes would have to agree on what time it is."""
     for name in ("eval_every", "save_every"):
@@ -250,49 +189,10 @@ def what_must_be_alike(config, rows, held_out, tokenizer, model_config) -> dict:
     }
 
 
-def check_still_new(output_dir: pathlib.Path) -> None:
-    """Raise UserError where another process began a run here while this one read its text."""
-    if (output_dir / SETTINGS_FILE).exists():
-        raise UserError(
-            f"output_dir {output_dir} now holds a run that another process began\n"
-            "  run the same command again to continue it, or choose another --output_dir"
-        )
-
-
-@contextlib.contextmanager
-def locked(output_dir: pathlib.Path):
-    """Hold the directory's lock, which the system releases even if this process is killed."""
-    try:
-        file = open(output_dir / LOCK_FILE, "a+")  # noqa: SIM115
-    except OSError as error:
-        raise StorageError(f"cannot write into {output_dir}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise UserError(
-                f"output_dir {output_dir} is in use by {owner}\n"
-                "  wait for it, stop it, or choose another --output_dir"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
-
-
-def make_directory(output_dir: pathlib.Path) -> None:
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot make output_dir {output_dir}: {error.strerror}") from error
-
-
 def show_data(config: TrainConfig) -> int:
     """Print the first rows of a run as ids and text, and the counts, and train nothing."""
     output_dir = pathlib.Path(config.output_dir)
-    continuing = (output_dir / SETTINGS_FILE).is_file() and check_output_dir(config, output_dir)
+    continuing = run_directory.holds_a_run(output_dir) and run_directory.check(config, output_dir)
     text = opening.open_text(config)
     tokenizer = opening.open_tokenizer(config, output_dir, text[0], continuing)
     rows, held_out, about = opening.open_rows(config, tokenizer, *text)
@@ -316,23 +216,6 @@ def why_of_another_run(config: TrainConfig, meta: dict) -> str | None:
     differing = differing_keys(config, meta["settings"])
     listed = ", ".join(f"{name} {shown(was)}" for name, (was, _) in differing.items())
     return f"it was saved by a run with {listed}" if differing else None
-
-
-def save_settings(config: TrainConfig, tokenizer, output_dir: pathlib.Path) -> None:
-    """Write the tokenizer and, last, the settings: with them the directory is a run."""
-    save_tokenizer(tokenizer, output_dir)
-    run_files.replace_file(output_dir / SETTINGS_FILE, dump_yaml(config).encode())
-
-
-def save_tokenizer(tokenizer, output_dir: pathlib.Path) -> None:
-    """All of it or nothing. Raises StorageError."""
-    names = tokenizers.TOKENIZER_FILE, tokenizers.SETTINGS_FILE
-    with contextlib.ExitStack() as undo:
-        for name in names:
-            undo.callback((output_dir / name).unlink, missing_ok=True)
-        with run_files.storage_errors(output_dir / names[0]):
-            tokenizer.save(output_dir)
-        undo.pop_all()
 
 
 def make_sampler(config, model_config, tokenizer) -> samples.Sampler | None:
@@ -635,7 +518,7 @@ def look_back(run, config, state, about_text, logs, checkpoints) -> None:
     output_dir = pathlib.Path(config.output_dir)
     came_to = outcome.Outcome(
         config=config,
-        saved=yaml.safe_load((output_dir / SETTINGS_FILE).read_text("utf-8")),
+        saved=run_directory.read_settings(output_dir),
         model=describe_model(run, state),
         about_text=about_text,
         step=int(state.step),

@@ -29,7 +29,8 @@ from gpt2_flax import (
 from gpt2_flax.config import load_config
 from gpt2_flax.data.batches import StoredRows
 from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError
-from gpt2_flax.train import locked, train
+from gpt2_flax.run_directory import locked
+from gpt2_flax.train import train
 
 TINY = [
     "--n_layers", "1", "--n_heads", "2", "--n_embd", "8", "--n_positions", "24",

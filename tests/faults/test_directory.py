@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from gpt2_flax import train
+from gpt2_flax import run_directory, train
 from gpt2_flax.config import COMMAND_ONLY, FIELDS, FREE_ON_RESUME, load_config
 from gpt2_flax.errors import UserError
 from tests.faults.runs import SETTINGS, as_argv, wait_until_saved
@@ -82,7 +82,7 @@ def test_other_settings_are_refused_with_their_names(finished, name):
 def test_what_may_change_may_change(finished, name):
     config = load_config(as_argv(finished))
     changed = dataclasses.replace(config, **{name: other_than(getattr(config, name))})
-    assert train.check_output_dir(changed, pathlib.Path(changed.output_dir))
+    assert run_directory.check(changed, pathlib.Path(changed.output_dir))
 
 
 def test_at_least_thirty_settings_make_another_run():
