@@ -1,4 +1,4 @@
-"""Dropout whose masks are hashes of (key, module, row id, place).
+"""Dropout whose masks are hashes of (key, row id, module, place).
 
 A row meets the same mask on whatever device, and in whatever micro-batch, it is; and a mask is
 cheap enough to be computed where it is used, in both passes, instead of being kept.
@@ -18,17 +18,24 @@ LINE = 64
 MULTIPLIERS = 0x7FEB352D, 0x846CA68B
 
 
-def random_bits(key, row_ids_B, shape: tuple[int, ...]) -> Array:
-    """uint32 (B, *shape), a function of key, row id and place.
+def words_of_rows(key, row_ids_B, n_masks: int) -> Array:
+    """uint32 (B, n_masks, 2), a function of key and row id: what a row's masks are made of.
 
-    A hash of the place, seeded by two words that JAX's own generator makes for each row. The
-    mixing is Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/), twice.
+    All at once, by JAX's own generator, whose loop is slow to trace and to load for each mask.
     """
 
-    def words(row):
-        return jax.random.bits(jax.random.fold_in(key, row), (2,), jnp.uint32)
+    def of_row(row):
+        return jax.random.bits(jax.random.fold_in(key, row), (n_masks, 2), jnp.uint32)
 
-    words_Bx2 = jax.vmap(words)(row_ids_B)
+    return jax.vmap(of_row)(row_ids_B)
+
+
+def random_bits(words_Bx2, shape: tuple[int, ...]) -> Array:
+    """uint32 (B, *shape), a function of a row's two words and the place.
+
+    A hash of the place, seeded by the words. The mixing is Chris Wellons' lowbias32
+    (https://nullprogram.com/blog/2018/07/31/), twice.
+    """
     first, second = (words_Bx2[:, n].reshape(-1, *[1] * len(shape)) for n in range(2))
     place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(1, *shape)
     return _mixed(_mixed(place ^ first) + second)
@@ -40,14 +47,14 @@ def _mixed(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def words_of(key, row_ids_B, shape: tuple[int, ...]) -> tuple[Array, Array]:
+def words_of(words_Bx2, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """uint32 (B, ..., T) and (B, ..., K), which `is_kept` makes a mask of shape (..., T, K) of.
 
     Place n of an axis has word n % LINE of one list, plus word n // LINE of another.
     """
     *lead, T, K = shape
     counts = [LINE, -(-T // LINE), LINE, -(-K // LINE)]
-    bits = random_bits(key, row_ids_B, (*lead, sum(counts)))
+    bits = random_bits(words_Bx2, (*lead, sum(counts)))
     of_lines, of_line, of_columns, of_column = jnp.split(bits, np.cumsum(counts[:-1]), axis=-1)
 
     def of_axis(inside, outside, size):
@@ -73,13 +80,14 @@ def is_kept(of_T: Array, of_K: Array, rate: float) -> Array:
 class Dropout(nn.Module):
     """Zero a share `rate` of (B, ..., T, K), and divide the rest by 1 - rate.
 
-    With `hf_flax_compat` the mask is drawn for the whole batch at once, as linen's Dropout does.
+    words_Bx2: of the rows, for this mask. With `hf_flax_compat` the mask is drawn for the whole
+    batch at once, as linen's Dropout does, and there are no words.
     """
 
     rate: float
     hf_flax_compat: bool = False
 
-    def __call__(self, x, row_ids_B, deterministic):
+    def __call__(self, x, words_Bx2, deterministic):
         if deterministic or self.rate == 0.0:
             return x
         if self.rate == 1.0:
@@ -87,9 +95,5 @@ class Dropout(nn.Module):
         if self.hf_flax_compat:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
         else:
-            keep = is_kept(*self.words(row_ids_B, x.shape[1:]), self.rate)
+            keep = is_kept(*words_of(words_Bx2, x.shape[1:]), self.rate)
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
-
-    def words(self, row_ids_B, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        """The words of the mask that a call makes of rows of this shape."""
-        return words_of(self.make_rng("dropout"), row_ids_B, shape)

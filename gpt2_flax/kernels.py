@@ -101,7 +101,8 @@ def try_flash(block_size: int, n_heads: int, width: int, rate: float) -> str | N
     def words_for(rate):
         if not rate:
             return None
-        return dropout.words_of(jax.random.key(0), jnp.arange(1), (n_heads, T, T))
+        words = dropout.words_of_rows(jax.random.key(0), jnp.arange(1), 1)
+        return dropout.words_of(words[:, 0], (n_heads, T, T))
 
     def mixed(x_BxTx3xHxC, rate):
         words = words_for(rate)

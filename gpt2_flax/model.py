@@ -24,7 +24,7 @@ from flax.core.scope import LazyRng
 
 from gpt2_flax import devices, flash_attention
 from gpt2_flax.config import MAX_LAYERS
-from gpt2_flax.dropout import Dropout
+from gpt2_flax.dropout import Dropout, words_of, words_of_rows
 from gpt2_flax.layer_norm import LayerNorm
 from gpt2_flax.outputs import (
     FlaxBaseModelOutputWithPastAndCrossAttentions,
@@ -234,6 +234,11 @@ def values_by_all_heads(probs_BxHx1xK, v_BxKxHxC):
     return jnp.where(own_HxH, mixed_BxHxD.reshape(B, H, H, C), 0).sum(2)[:, None]
 
 
+def words_of_masks(words, n: int) -> list:
+    """Those of each of n masks, or layers of them, along the second axis; None of None."""
+    return [None if words is None else words[:, mask] for mask in range(n)]
+
+
 class FlaxGPT2Attention(nn.Module):
     """Attention of x to itself, causal and cached, or to the states of an encoder.
 
@@ -255,19 +260,20 @@ class FlaxGPT2Attention(nn.Module):
 
     @nn.compact  # for the cache's variables
     def __call__(
-        self, x_BxTxD, source_BxKxD, mask_BxK, row_ids_B, deterministic, init_cache, before=None
+        self, x_BxTxD, source_BxKxD, mask_BxK, words_Bx2x2, deterministic, init_cache, before=None
     ):
+        of_probs_Bx2, of_output_Bx2 = words_of_masks(words_Bx2x2, 2)
         T = x_BxTxD.shape[1]
         if self.fused == "flash" and mask_BxK is None:
-            mixed_BxTxHxC = self._flash(x_BxTxD, row_ids_B, deterministic, before)
-            return self._merge(mixed_BxTxHxC, row_ids_B, deterministic), None
+            mixed_BxTxHxC = self._flash(x_BxTxD, of_probs_Bx2, deterministic, before)
+            return self._merge(mixed_BxTxHxC, of_output_Bx2, deterministic), None
         q_BxTxHxC, k_BxKxHxC, v_BxKxHxC = self._project(x_BxTxD, source_BxKxD, before)
         if self.fused and mask_BxK is None:
             mixed_BxTxHxC = jax.nn.dot_product_attention(
                 q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, is_causal=True, scale=self._scale(),
                 implementation=self.fused,
             )  # fmt: skip
-            return self._merge(mixed_BxTxHxC, row_ids_B, deterministic), None
+            return self._merge(mixed_BxTxHxC, of_output_Bx2, deterministic), None
         allowed_BxHxTxK = None  # all
         if mask_BxK is not None:
             allowed_BxHxTxK = mask_BxK[:, None, None, :].astype(bool)
@@ -276,9 +282,9 @@ class FlaxGPT2Attention(nn.Module):
             is_ready = self.has_variable("cache", "cached_key")
             if is_ready and T == 1 and devices.platform() == "cpu" and not self.hf_flax_compat:
                 mixed_Bx1xHxC, probs_BxHx1xK = self._mix_one_more(
-                    q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic
+                    q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, of_probs_Bx2, deterministic
                 )
-                return self._merge(mixed_Bx1xHxC, row_ids_B, deterministic), probs_BxHx1xK
+                return self._merge(mixed_Bx1xHxC, of_output_Bx2, deterministic), probs_BxHx1xK
             if is_ready or init_cache:
                 start, k_BxKxHxC, v_BxKxHxC = self._append_to_cache(k_BxKxHxC, v_BxKxHxC)
             positions_T, positions_K = start + jnp.arange(T), jnp.arange(k_BxKxHxC.shape[1])
@@ -289,31 +295,31 @@ class FlaxGPT2Attention(nn.Module):
         if self.checkpointing and not self.hf_flax_compat and not self.is_initializing():
             mix = self._mix_again
         mixed_BxTxHxC, probs_BxHxTxK = mix(
-            q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic
+            q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, of_probs_Bx2, deterministic
         )
-        return self._merge(mixed_BxTxHxC, row_ids_B, deterministic), probs_BxHxTxK
+        return self._merge(mixed_BxTxHxC, of_output_Bx2, deterministic), probs_BxHxTxK
 
-    def _flash(self, x_BxTxD, row_ids_B, deterministic, before):
+    def _flash(self, x_BxTxD, words_Bx2, deterministic, before):
         """The heads' mixed values (B, T, H, C), from the one product that gives q, k and v."""
         (B, T, D), H, rate = x_BxTxD.shape, self.config.n_head, self.config.attn_pdrop
         std = initial_std(self.config, self.hf_flax_compat)
         qkv_BxTx3D = FlaxConv1D(3 * D, std, self.dtype, name="c_attn")(x_BxTxD, before)
         words = None
         if not deterministic and rate:
-            words = Dropout(rate, name="attn_dropout").words(row_ids_B, (H, T, T))
+            words = words_of(words_Bx2, (H, T, T))
         return flash_attention.flash_attention(
             qkv_BxTx3D.reshape(B, T, 3, H, D // H), words, self._scale(), rate if words else 0.0,
             devices.platform() != "gpu",
         )  # fmt: skip
 
-    def _merge(self, mixed_BxTxHxC, row_ids_B, deterministic):
+    def _merge(self, mixed_BxTxHxC, words_Bx2, deterministic):
         """The heads' mixed values as the branch's output (B, T, D)."""
         D = self.config.n_embd
         std = initial_std(self.config, self.hf_flax_compat, residual=True)
         c_proj = FlaxConv1D(D, std, self.dtype, name="c_proj")
         drop = Dropout(self.config.resid_pdrop, self.hf_flax_compat, name="resid_dropout")
         out_BxTxD = c_proj(mixed_BxTxHxC.reshape(*mixed_BxTxHxC.shape[:2], D))
-        return drop(out_BxTxD, row_ids_B, deterministic)
+        return drop(out_BxTxD, words_Bx2, deterministic)
 
     def _project(self, x_BxTxD, source_BxKxD, before):
         D, H = self.config.n_embd, self.config.n_head
@@ -328,7 +334,7 @@ class FlaxGPT2Attention(nn.Module):
             return heads(3 * D, "c_attn", x_BxTxD, before)
         return (*heads(D, "q_attn", x_BxTxD), *heads(2 * D, "c_attn", source_BxKxD))
 
-    def _mix(self, q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B, deterministic):
+    def _mix(self, q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, words_Bx2, deterministic):
         """(values mixed by their probabilities (B, T, H, C), the probabilities)."""
         if self.hf_flax_compat:
             probs_BxHxTxK = self._hf_flax_probabilities(
@@ -337,25 +343,21 @@ class FlaxGPT2Attention(nn.Module):
         else:
             probs_BxHxTxK = self._probabilities(q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK)
             drop = Dropout(self.config.attn_pdrop, name="attn_dropout")
-            probs_BxHxTxK = drop(probs_BxHxTxK, row_ids_B, deterministic)
+            probs_BxHxTxK = drop(probs_BxHxTxK, words_Bx2, deterministic)
         return jnp.einsum("BHTK,BKHC->BTHC", probs_BxHxTxK, v_BxKxHxC), probs_BxHxTxK
 
     def _mix_again(self, *arrays_and_deterministic):
         """`_mix`, evaluated once more for its gradient."""
         *arrays, deterministic = arrays_and_deterministic
         drop = Dropout(self.config.attn_pdrop, parent=None)
-        key = None
-        if not deterministic and self.config.attn_pdrop > 0.0:
-            key = LazyRng.create(self.scope.rngs["dropout"], "attn_dropout")
 
         def mix(inputs):
-            _, key, q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, row_ids_B = inputs
+            _, _, q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, allowed_BxHxTxK, words_Bx2 = inputs
             probs_BxHxTxK = self._probabilities(q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK)
-            rngs = None if key is None else {"dropout": key}
-            probs_BxHxTxK = drop.apply({}, probs_BxHxTxK, row_ids_B, key is None, rngs=rngs)
+            probs_BxHxTxK = drop.apply({}, probs_BxHxTxK, words_Bx2, deterministic)
             return jnp.einsum("BHTK,BKHC->BTHC", probs_BxHxTxK, v_BxKxHxC), probs_BxHxTxK
 
-        return recomputed(mix)(({}, key, *arrays))
+        return recomputed(mix)(({}, None, *arrays))
 
     def _probabilities(self, q_BxTxHxC, k_BxKxHxC, allowed_BxHxTxK):
         """Softmax in float32, as PyTorch's eager attention has it; before dropout."""
@@ -390,7 +392,7 @@ class FlaxGPT2Attention(nn.Module):
         return scale / (self.layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
     def _mix_one_more(
-        self, q_Bx1xHxC, k_Bx1xHxC, v_Bx1xHxC, allowed_BxHx1xK, row_ids_B, deterministic
+        self, q_Bx1xHxC, k_Bx1xHxC, v_Bx1xHxC, allowed_BxHx1xK, words_Bx2, deterministic
     ):
         """`_mix` for one more position of a cache, and for a CPU, where caches are not copied.
 
@@ -414,7 +416,7 @@ class FlaxGPT2Attention(nn.Module):
         scores_BxHx1xK = jnp.where(is_allowed, scores_BxHx1xK, jnp.finfo(jnp.float32).min)
         probs_BxHx1xK = softmax(scores_BxHx1xK).astype(self.dtype)
         drop = Dropout(self.config.attn_pdrop, name="attn_dropout")
-        probs_BxHx1xK = drop(probs_BxHx1xK, row_ids_B, deterministic)
+        probs_BxHx1xK = drop(probs_BxHx1xK, words_Bx2, deterministic)
         mixed_Bx1xHxC = values_by_all_heads(jnp.where(is_new, 0, probs_BxHx1xK), held["value"])
         share_BxHx1 = jnp.where(is_new, probs_BxHx1xK, 0).sum(-1, dtype=jnp.float32)
         both_Bx1xHxC = mixed_Bx1xHxC + share_BxHx1.swapaxes(1, 2)[..., None] * v_Bx1xHxC
@@ -462,7 +464,7 @@ class FlaxGPT2MLP(nn.Module):
         )
         self.dropout = Dropout(config.resid_pdrop, compat)
 
-    def __call__(self, x_BxTxD, row_ids_B, deterministic, before=None):
+    def __call__(self, x_BxTxD, words_Bx2, deterministic, before=None):
         activation = ACTIVATIONS[self.config.activation_function]
         if not self.hf_flax_compat:
             activation = functools.partial(_in_float32, activation)
@@ -471,7 +473,7 @@ class FlaxGPT2MLP(nn.Module):
             out_BxTxD = self.c_proj(hidden_BxTxI, (activation, ()))
         else:
             out_BxTxD = self.c_proj(activation(hidden_BxTxI))
-        return self.dropout(out_BxTxD, row_ids_B, deterministic)
+        return self.dropout(out_BxTxD, words_Bx2, deterministic)
 
 
 class FlaxGPT2Block(nn.Module):
@@ -502,22 +504,25 @@ class FlaxGPT2Block(nn.Module):
         self.mlp = FlaxGPT2MLP(self.config, self.dtype, compat, self.keeps_little)
 
     def __call__(
-        self, x_BxTxD, mask_BxK, encoder_BxKxD, encoder_mask_BxK, row_ids_B, deterministic,
+        self, x_BxTxD, mask_BxK, encoder_BxKxD, encoder_mask_BxK, words_Bx5x2, deterministic,
         init_cache,
     ):  # fmt: skip
+        of_attn, of_cross, of_mlp = None, None, None
+        if words_Bx5x2 is not None:
+            of_attn, of_cross, of_mlp = words_Bx5x2[:, :2], words_Bx5x2[:, 2:4], words_Bx5x2[:, 4]
         x_BxTxD, normed, before = self._normed(self.ln_1, x_BxTxD)
         mixed, probs = self.attn(
-            normed, None, mask_BxK, row_ids_B, deterministic, init_cache, before
+            normed, None, mask_BxK, of_attn, deterministic, init_cache, before
         )
         x_BxTxD, probabilities = x_BxTxD + mixed, (probs,)
         if encoder_BxKxD is not None:
             x_BxTxD, normed = self.ln_cross_attn(x_BxTxD)
             mixed, probs = self.crossattention(
-                normed, encoder_BxKxD, encoder_mask_BxK, row_ids_B, deterministic, False
+                normed, encoder_BxKxD, encoder_mask_BxK, of_cross, deterministic, False
             )
             x_BxTxD, probabilities = x_BxTxD + mixed, (*probabilities, probs)
         x_BxTxD, normed, before = self._normed(self.ln_2, x_BxTxD)
-        x_BxTxD = x_BxTxD + self.mlp(normed, row_ids_B, deterministic, before)
+        x_BxTxD = x_BxTxD + self.mlp(normed, of_mlp, deterministic, before)
         return x_BxTxD, probabilities
 
     def _normed(self, layer_norm, x_BxTxD):
@@ -552,29 +557,30 @@ class FlaxGPT2BlockCollection(nn.Module):
     scanned: bool = False
 
     @nn.compact
-    def __call__(self, x_BxTxD, *args):
-        deterministic, init_cache = args[-2:]
+    def __call__(
+        self, x_BxTxD, mask_BxK, encoder_BxKxD, encoder_mask_BxK, words_BxLx5x2, deterministic,
+        init_cache,
+    ):  # fmt: skip
+        rows = mask_BxK, encoder_BxKxD, encoder_mask_BxK
+        words = words_of_masks(words_BxLx5x2, self.config.n_layer)
         if init_cache or self.is_initializing() or "cache" in self.variables:
-            return self._by_modules((), x_BxTxD, args)
-        draws = not deterministic and self.has_rng("dropout")
-        key = self.make_rng("dropout") if draws and not self.hf_flax_compat else None
+            return self._by_modules((), x_BxTxD, rows, words, deterministic, init_cache)
+        draws = self.hf_flax_compat and not deterministic and self.has_rng("dropout")
         layers_differ = self.config.scale_attn_by_inverse_layer_idx
-        if self.scanned and not layers_differ and not (draws and self.hf_flax_compat):
-            return self._scan(key, x_BxTxD, args[:-2], deterministic), [], []
-        if key is None and not (self.gradient_checkpointing or self.gather):
-            return self._by_modules(self._for_training(), x_BxTxD, args)
+        if self.scanned and not layers_differ and not draws:
+            return self._scan(words_BxLx5x2, x_BxTxD, rows, deterministic), [], []
+        if not (self.gradient_checkpointing or self.gather):
+            return self._by_modules(self._for_training(), x_BxTxD, rows, words, deterministic)
         inputs, probabilities = [], []
         for layer in range(self.config.n_layer):
             inputs.append(x_BxTxD)
-            params, key_of_layer = self.variables["params"][str(layer)], None
-            if key is not None:
-                key_of_layer = jax.random.fold_in(key, layer)
-            elif draws:  # the one that it would have as a submodule
-                key_of_layer = LazyRng.create(self.scope.rngs["dropout"], str(layer))
+            params, key = self.variables["params"][str(layer)], None
+            if draws:  # the one that it would have as a submodule
+                key = LazyRng.create(self.scope.rngs["dropout"], str(layer))
             # Gathered while the layer before is computed, and not all layers at once.
             after = inputs[max(0, layer - 1)] if self.gather else None
             run = self._one_layer(layer, deterministic)
-            x_BxTxD, probs = run((params, key_of_layer, after, x_BxTxD, *args[:-2]))
+            x_BxTxD, probs = run((params, key, after, x_BxTxD, *rows, words[layer]))
             probabilities.append(probs)
         return x_BxTxD, inputs, probabilities
 
@@ -584,12 +590,13 @@ class FlaxGPT2BlockCollection(nn.Module):
             self.kernels,
         )  # fmt: skip
 
-    def _by_modules(self, for_training, x_BxTxD, args):
+    def _by_modules(self, for_training, x_BxTxD, rows, words, deterministic, init_cache=False):
         inputs, probabilities = [], []
         for layer in range(self.config.n_layer):
             fields = self.config, layer, self.dtype, self.hf_flax_compat, *for_training
+            block = FlaxGPT2Block(*fields, name=str(layer))
             inputs.append(x_BxTxD)
-            x_BxTxD, probs = FlaxGPT2Block(*fields, name=str(layer))(x_BxTxD, *args)
+            x_BxTxD, probs = block(x_BxTxD, *rows, words[layer], deterministic, init_cache)
             probabilities.append(probs)
         return x_BxTxD, inputs, probabilities
 
@@ -601,23 +608,24 @@ class FlaxGPT2BlockCollection(nn.Module):
             return recomputed(run)
         return jax.checkpoint(run, policy=all_but_gathered) if self.gather else run
 
-    def _scan(self, key, x_BxTxD, rows, deterministic):
+    def _scan(self, words_BxLx5x2, x_BxTxD, rows, deterministic):
         def cast(leaf):  # what is gathered is cast then
             return leaf.astype(self.dtype) if leaf.ndim == 2 and not self.gather else leaf
 
         n = self.config.n_layer
         layers = [jax.tree.map(cast, self.variables["params"][str(layer)]) for layer in range(n)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+        words = None if words_BxLx5x2 is None else jnp.moveaxis(words_BxLx5x2, 1, 0)
         run = self._one_layer(0, deterministic)
 
         def one(states, of_layer):
             x_BxTxD, before_BxTxD = states
+            params, words_Bx5x2 = of_layer
             after = before_BxTxD if self.gather else None
-            out_BxTxD, _ = run((*of_layer, after, x_BxTxD, *rows))
+            out_BxTxD, _ = run((params, None, after, x_BxTxD, *rows, words_Bx5x2))
             return (out_BxTxD, x_BxTxD), None
 
-        (x_BxTxD, _), _ = jax.lax.scan(one, (x_BxTxD, x_BxTxD), (stacked, keys))
+        (x_BxTxD, _), _ = jax.lax.scan(one, (x_BxTxD, x_BxTxD), (stacked, words))
         return x_BxTxD
 
     @staticmethod
@@ -718,10 +726,11 @@ class FlaxGPT2Module(nn.Module):
                 " build it with add_cross_attention=True in its configuration"
             )
         x_BxTxD = self._embedded(input_ids, position_ids)
-        x_BxTxD = self.dropout(x_BxTxD, row_ids, deterministic)
+        of_embedding_Bx2, words_BxLx5x2 = self._words(row_ids, deterministic)
+        x_BxTxD = self.dropout(x_BxTxD, of_embedding_Bx2, deterministic)
         x_BxTxD, inputs, probabilities = self.h(
-            x_BxTxD, attention_mask, encoder_hidden_states, encoder_attention_mask, row_ids,
-            deterministic, init_cache,
+            x_BxTxD, attention_mask, encoder_hidden_states, encoder_attention_mask,
+            words_BxLx5x2, deterministic, init_cache,
         )  # fmt: skip
         _, x_BxTxD = self.ln_f(x_BxTxD)
 
@@ -733,6 +742,19 @@ class FlaxGPT2Module(nn.Module):
             cross_attentions=tuple(probs[1] for probs in probabilities) if crosses else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _words(self, row_ids_B, deterministic):
+        """Words for the embedding's mask, (B, 2), and for those of the layers, (B, L, 5, 2).
+
+        A layer has masks of its attention's probabilities and output, of the same of
+        cross-attention, and of the MLP's output. None where nothing is drawn by words.
+        """
+        c = self.config
+        is_drawn = any(0.0 < rate < 1.0 for rate in (c.embd_pdrop, c.attn_pdrop, c.resid_pdrop))
+        if deterministic or self.hf_flax_compat or not is_drawn:
+            return None, None
+        words = words_of_rows(self.make_rng("dropout"), row_ids_B, 1 + c.n_layer * 5)
+        return words[:, 0], words[:, 1:].reshape(-1, c.n_layer, 5, 2)
 
     def _embedded(self, ids_BxT, positions_BxT):
         """(B, T, D) of ids and positions (None: from 0 on), added up, and rounded once.

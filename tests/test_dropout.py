@@ -8,11 +8,16 @@ import pytest
 from gpt2_flax import dropout
 
 
+def words(key, rows):
+    """Of the rows' only mask."""
+    return dropout.words_of_rows(key, rows, 1)[:, 0]
+
+
 def test_random_bits_are_evenly_spread_and_independent():
     """Every bit, between neighbours, rows, keys; each within 5 standard deviations."""
     rows, shape = jnp.arange(8), (64, 1024)
-    one = np.asarray(dropout.random_bits(jax.random.key(0), rows, shape))
-    other = np.asarray(dropout.random_bits(jax.random.key(1), rows, shape))
+    one = np.asarray(dropout.random_bits(words(jax.random.key(0), rows), shape))
+    other = np.asarray(dropout.random_bits(words(jax.random.key(1), rows), shape))
     assert one.shape == (8, 64, 1024) and one.dtype == np.uint32
     n = one.size
 
@@ -35,19 +40,26 @@ def test_random_bits_are_evenly_spread_and_independent():
 
 
 def test_random_bits_are_32_where_jax_counts_in_64():
-    expected = dropout.random_bits(jax.random.key(0), jnp.arange(2), (50,))
+    expected = dropout.random_bits(words(jax.random.key(0), jnp.arange(2)), (50,))
     with jax.enable_x64(True):
-        got = dropout.random_bits(jax.random.key(0), jnp.arange(2), (50,))
+        got = dropout.random_bits(words(jax.random.key(0), jnp.arange(2)), (50,))
         assert got.dtype == jnp.uint32
     np.testing.assert_array_equal(got, expected)
 
 
 def test_random_bits_follow_the_row():
     key, shape = jax.random.key(3), (5, 7)
-    all_rows = dropout.random_bits(key, jnp.arange(6), shape)
+    all_rows = dropout.random_bits(words(key, jnp.arange(6)), shape)
     np.testing.assert_array_equal(
-        dropout.random_bits(key, jnp.array([4, 1]), shape), all_rows[jnp.array([4, 1])]
+        dropout.random_bits(words(key, jnp.array([4, 1])), shape), all_rows[jnp.array([4, 1])]
     )
+
+
+def test_every_mask_has_words_of_its_own_and_a_further_one_changes_none():
+    key, rows = jax.random.key(3), jnp.array([4, 2**31 - 1])
+    few, more = (np.asarray(dropout.words_of_rows(key, rows, n)) for n in (5, 6))
+    assert more.shape == (2, 6, 2) and len(np.unique(more)) == more.size
+    np.testing.assert_array_equal(more[:, :5], few)
 
 
 # ---------------------------------------------------------------- masks
@@ -55,8 +67,8 @@ def test_random_bits_follow_the_row():
 
 def masks(rate, n_masks=40, shape=(2, 192, 320)):
     """float64 (n_masks * 2, 192, 320), standardized."""
-    words = dropout.words_of(jax.random.key(7), jnp.arange(n_masks), shape)
-    kept = np.asarray(dropout.is_kept(*words, rate)).reshape(-1, *shape[1:])
+    drawn = dropout.words_of(words(jax.random.key(7), jnp.arange(n_masks)), shape)
+    kept = np.asarray(dropout.is_kept(*drawn, rate)).reshape(-1, *shape[1:])
     assert kept.dtype == bool
     return (kept - (1.0 - rate)) / np.sqrt(rate * (1.0 - rate))
 
@@ -101,10 +113,10 @@ def test_the_share_kept_is_right_for_every_rate():
 
 
 def test_masks_follow_the_row_and_the_shape():
-    words = dropout.words_of(jax.random.key(3), jnp.array([4, 9]), (3, 70, 130))
-    assert [w.shape for w in words] == [(2, 3, 70), (2, 3, 130)]
-    again = dropout.words_of(jax.random.key(3), jnp.array([9]), (3, 70, 130))
-    for a, b in zip(words, again, strict=True):
+    drawn = dropout.words_of(words(jax.random.key(3), jnp.array([4, 9])), (3, 70, 130))
+    assert [w.shape for w in drawn] == [(2, 3, 70), (2, 3, 130)]
+    again = dropout.words_of(words(jax.random.key(3), jnp.array([9])), (3, 70, 130))
+    for a, b in zip(drawn, again, strict=True):
         assert a.dtype == jnp.uint32
         np.testing.assert_array_equal(a[1:], b)
         assert len(np.unique(a)) > 0.9 * a.size
@@ -114,8 +126,8 @@ def test_masks_follow_the_row_and_the_shape():
 def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
     x = jnp.ones((6, 128, 192))
     module = dropout.Dropout(rate)
-    out = module.apply({}, x, jnp.arange(6), False, rngs={"dropout": jax.random.key(0)})
-    np.testing.assert_array_equal(module.apply({}, x, jnp.arange(6), True), x)
+    out = module.apply({}, x, words(jax.random.key(0), jnp.arange(6)), False)
+    np.testing.assert_array_equal(module.apply({}, x, None, True), x)
     assert set(np.unique(out)) <= {0.0, np.float32(1 / (1 - rate)) if rate < 1 else 0.0}
     spread = np.sqrt(rate / max(1e-9, 1 - rate) / x.size)
     assert abs(float(out.mean()) - (rate < 1)) <= 5 * spread

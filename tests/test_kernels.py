@@ -50,7 +50,8 @@ def test_flash_attention_is_attention(rate, positions, width, scale):
     words = None
     if rate:
         shape = H, positions, positions
-        words = dropout.words_of(jax.random.key(5), jnp.array([3, 8]), shape)
+        of_rows = dropout.words_of_rows(jax.random.key(5), jnp.array([3, 8]), 1)
+        words = dropout.words_of(of_rows[:, 0], shape)
     out, pull_back = jax.vjp(
         lambda x: flash_attention.flash_attention(x, words, scale, rate, True), qkv
     )
@@ -219,7 +220,8 @@ def test_triton_is_given_all_kernels_at_their_real_sizes(monkeypatch):
     bf16, f32, int32 = jnp.bfloat16, jnp.float32, jnp.int32
 
     def attention(qkv, rows):
-        words = dropout.words_of(jax.random.key(0), rows, (12, 1024, 1024))
+        of_rows = dropout.words_of_rows(jax.random.key(0), rows, 1)
+        words = dropout.words_of(of_rows[:, 0], (12, 1024, 1024))
         return flash_attention.flash_attention(qkv, words, 0.125, 0.1)
 
     shapes = ((64, 1024, 3, 12, 64), bf16), ((64,), int32)

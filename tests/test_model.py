@@ -8,7 +8,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from gpt2_flax import weights
+from gpt2_flax import dropout, weights
 from gpt2_flax.layer_norm import layer_norm
 from gpt2_flax.model import (
     ACTIVATIONS,
@@ -297,18 +297,37 @@ def test_dropout_follows_the_row_not_its_place(tiny_config):
     assert not np.allclose(twins[0], twins[1])
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean():
-    from gpt2_flax.model import Dropout
+@pytest.mark.parametrize("fields", [{}, {"gradient_checkpointing": True}])
+def test_no_two_masks_of_a_model_are_of_the_same_words(tiny_config, monkeypatch, fields):
+    """Embedding; of 3 layers the probabilities and output of both attentions, and the MLP."""
+    rates = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    config = tiny_config(n_layer=3, add_cross_attention=True, **rates)
+    module, ids = FlaxGPT2LMHeadModule(config, **fields), jnp.asarray(random_ids(config))
+    params = module.init(jax.random.key(0), ids)["params"]
+    drawn, made = [], dropout.words_of
 
+    def words_of(words_Bx2, shape):
+        drawn.append(np.asarray(words_Bx2))
+        return made(words_Bx2, shape)
+
+    monkeypatch.setattr(dropout, "words_of", words_of)
+    module.apply(
+        {"params": params}, ids, deterministic=False, rngs={"dropout": jax.random.key(1)},
+        encoder_hidden_states=jnp.ones((len(ids), 4, config.n_embd)),
+    )  # fmt: skip
+    assert len(drawn) == 1 + 3 * 5
+    assert len(np.unique(drawn)) == np.size(drawn) == len(drawn) * len(ids) * 2
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
     ones = jnp.ones((3, 50, 70))
-    dropped = Dropout(0.3).apply(
-        {}, ones, jnp.arange(3), False, rngs={"dropout": jax.random.key(0)}
-    )
+    words = dropout.words_of_rows(jax.random.key(0), jnp.arange(3), 1)[:, 0]
+    dropped = dropout.Dropout(0.3).apply({}, ones, words, False)
     assert abs((dropped == 0).mean() - 0.3) < 0.02
     np.testing.assert_allclose(dropped[dropped != 0], 1 / 0.7, rtol=1e-6)
 
     def drop_all(x):
-        return Dropout(1.0).apply({}, x, jnp.arange(3), False, rngs={"dropout": jax.random.key(0)})
+        return dropout.Dropout(1.0).apply({}, x, None, False)
 
     assert not jax.grad(lambda x: drop_all(x).sum())(ones).any()
 
