@@ -543,6 +543,8 @@ class FlaxGPT2BlockCollection(nn.Module):
     gather: FlaxGPT2LMHeadModule's; a layer's parameters are whole only while it is computed.
     fused_attention: FlaxGPT2Attention's `fused`. kernels: LayerNorm's. scanned: one layer is
     compiled, and run n_layer times; inputs and probabilities are then not returned.
+    traced_once: for a model under jax.jit, which is slow to trace: one layer is, for all, where
+    they are alike and whole; XLA puts it in n_layer times.
     """
 
     config: Any
@@ -555,6 +557,7 @@ class FlaxGPT2BlockCollection(nn.Module):
     fused_attention: str | None = None
     kernels: bool = False
     scanned: bool = False
+    traced_once: bool = False
 
     @nn.compact
     def __call__(
@@ -569,8 +572,10 @@ class FlaxGPT2BlockCollection(nn.Module):
         layers_differ = self.config.scale_attn_by_inverse_layer_idx
         if self.scanned and not layers_differ and not draws:
             return self._scan(words_BxLx5x2, x_BxTxD, rows, deterministic), [], []
-        if not (self.gradient_checkpointing or self.gather):
+        once = self.traced_once and not (self.gather or layers_differ or draws)
+        if not (once or self.gradient_checkpointing or self.gather):
             return self._by_modules(self._for_training(), x_BxTxD, rows, words, deterministic)
+        of_all = jax.jit(self._one_layer(0, deterministic)) if once else None
         inputs, probabilities = [], []
         for layer in range(self.config.n_layer):
             inputs.append(x_BxTxD)
@@ -579,7 +584,7 @@ class FlaxGPT2BlockCollection(nn.Module):
                 key = LazyRng.create(self.scope.rngs["dropout"], str(layer))
             # Gathered while the layer before is computed, and not all layers at once.
             after = inputs[max(0, layer - 1)] if self.gather else None
-            run = self._one_layer(layer, deterministic)
+            run = of_all or self._one_layer(layer, deterministic)
             x_BxTxD, probs = run((params, key, after, x_BxTxD, *rows, words[layer]))
             probabilities.append(probs)
         return x_BxTxD, inputs, probabilities
@@ -686,6 +691,7 @@ class FlaxGPT2Module(nn.Module):
     fused_attention: str | None = None
     kernels: bool = False
     scanned: bool = False
+    traced_once: bool = False
     embeds_in_dtype: bool = False
 
     def setup(self):
@@ -697,6 +703,7 @@ class FlaxGPT2Module(nn.Module):
         self.h = FlaxGPT2BlockCollection(
             config, self.dtype, compat, self.gradient_checkpointing, self.attention_checkpointing,
             self.keeps_little, self.gather, self.fused_attention, self.kernels, self.scanned,
+            self.traced_once,
         )  # fmt: skip
         self.ln_f = LayerNorm(config.layer_norm_epsilon, self.dtype, self.kernels)
 
@@ -805,6 +812,7 @@ class FlaxGPT2LMHeadModule(nn.Module):
     fused_attention: str | None = None  # FlaxGPT2Attention's `fused`
     kernels: bool = False  # Pallas's, of LayerNorm and of head_loss.cross_entropy_sum
     scanned: bool = False  # FlaxGPT2BlockCollection's
+    traced_once: bool = False  # as well
     # Tables are cast before they are read, so that their gradient is of the type `dtype`, too.
     embeds_in_dtype: bool = False
 
@@ -813,7 +821,7 @@ class FlaxGPT2LMHeadModule(nn.Module):
         self.transformer = FlaxGPT2Module(
             config, self.dtype, self.hf_flax_compat, self.gradient_checkpointing,
             self.attention_checkpointing, self.keeps_little, self.gather, self.fused_attention,
-            self.kernels, self.scanned, self.embeds_in_dtype,
+            self.kernels, self.scanned, self.traced_once, self.embeds_in_dtype,
         )  # fmt: skip
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(

@@ -127,6 +127,7 @@ def make_module(config, model_config) -> FlaxGPT2LMHeadModule:
         fused_attention=kernels.choose_attention(config, model_config),
         kernels=kernels.choose_others(config, model_config),
         scanned=config.scan_layers,
+        traced_once=True,
         # XLA would sum the two gradients of a tied table over devices in two types.
         embeds_in_dtype=config.parallel == "jit" and devices.count() > 1,
     )

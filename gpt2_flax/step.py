@@ -134,12 +134,17 @@ def update(state: TrainState, grads, optimizer, is_wanted, in_place: bool):
     it, and XLA would copy all of it to write the new one over the old. (Of either update it drops
     what is not used.)
     """
+
+    @jax.jit  # to be traced once
+    def updated(old):
+        return optimizer.update(grads, old, state.params, step=state.step)
+
     old = state.opt_state
-    updates, new = optimizer.update(grads, old, state.params, step=state.step)
+    updates, new = updated(old)
     params = select(is_wanted, optax.apply_updates(state.params, updates), state.params)
     if in_place:
         old = select(are_there(params), old, jax.tree.map(jnp.zeros_like, old))
-        _, new = optimizer.update(grads, old, state.params, step=state.step)
+        _, new = updated(old)
     return params, select(is_wanted, new, old)
 
 

@@ -131,20 +131,21 @@ def train(config: TrainConfig) -> int:
             checkpoints = open_checkpoints(config, output_dir, cleanup)
 
         # -------------------------------------------------------- restore
-        state, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
-        if int(state.step) != newest:  # that one is damaged: another number of steps is left
-            run = plan.build_run(config, model_config, train_rows, int(state.step), meta)
+        state, first, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
+        if first != newest:  # that one is damaged: another number of steps is left
+            run = plan.build_run(config, model_config, train_rows, first, meta)
         with processes.together():
-            logs = Logs(config, output_dir, int(state.step), sampler, processes.is_first())
+            logs = Logs(config, output_dir, first, sampler, processes.is_first())
             cleanup.callback(logs.close)
         about_text = describe_text(config, train_rows, held_out, about_text)
         checkpoints.warn_of_room(state)
-        describe_run(run, config, about_text, state, trace)
+        describe_run(run, config, about_text, state, first, trace)
 
         # -------------------------------------------------------- loop
         state, stopped_by = loop(
-            run, config, state, meta, train_rows, held_out, checkpoints, logs, trace, stop, watch
-        )
+            run, config, state, first, meta, train_rows, held_out, checkpoints, logs, trace, stop,
+            watch,
+        )  # fmt: skip
         opening.warn_of_stream(train_rows)
         if stopped_by is not None:
             say(f"saved step {int(state.step)}; the same command goes on from there")
@@ -258,16 +259,20 @@ META_TYPES = {
 
 
 def restore(run, checkpoints, config, rows, tokenizer, given_params):
-    """(state, meta) to go on from: the newest checkpoint's, or those of a new run."""
+    """(state, its step, meta) to go on from: the newest checkpoint's, or those of a new run.
+
+    A new run's state may still be under way: its first step is traced and compiled meanwhile.
+    """
     shapes = step.state_shapes(run.module, run.optimizer)
     like = parallel.shapes_on_devices(shapes, run.engine)
     restored = checkpoints.restore_latest(like._asdict())
     data = {"text": rows.fingerprint, "tokenizer": tokenizer.fingerprint}
     if restored is not None:
         state, meta = restored
-        if state["step"] > run.total_steps:
+        first = int(state["step"])
+        if first > run.total_steps:
             raise UserError(
-                f"the run in {config.output_dir} is at step {int(state['step'])} already, past"
+                f"the run in {config.output_dir} is at step {first} already, past"
                 f" the {run.total_steps} that are asked for\n"
                 "  raise --max_steps or --epochs; any of its checkpoints can be converted:"
                 " scripts/convert.py"
@@ -278,7 +283,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
                     f"the {what} is not the one that the run in {config.output_dir} began with\n"
                     "  bring it back, or choose another --output_dir"
                 )
-        return step.TrainState(**state), meta | {"seconds_a_step": run.seconds_a_step}
+        return step.TrainState(**state), first, meta | {"seconds_a_step": run.seconds_a_step}
     if config.resume == "require" or (config.init_from and given_params is None):
         raise CheckpointError(f"output_dir {config.output_dir} holds no checkpoint to resume from")
     meta = {
@@ -298,7 +303,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
     else:
         make = functools.partial(step.state_from_params, optimizer=run.optimizer)
         argument = given_params
-    return parallel.make_state(make, argument, run.engine), meta
+    return parallel.make_state(make, argument, run.engine), 0, meta
 
 
 # ---------------------------------------------------------------- loop
@@ -308,14 +313,12 @@ class InterruptedEvaluationError(Exception):
     """An evaluation was cut short by a stop request."""
 
 
-def loop(
-    run, config, state, meta, rows, held_out, checkpoints, logs, trace, stop, watch
-):  # fmt: skip
+def loop(run, config, state, first, meta, rows, held_out, checkpoints, logs, trace, stop, watch):
     """Train to the last step. Returns (state, the signal that stopped it early or None)."""
     if processes.several():
         stop.agree_by(parallel.compile_maximum())
     stop.phase = stopping.STARTING
-    n = first = int(state.step)
+    n = first
     cursor, evaluated, best = meta["cursor"], meta["evaluated"], meta["best_validation_loss"]
     checkpoints.best.step = meta.get("best_step")
     meter = metrics.Meter(meta, run.flops, run.peak, config.max_bad_steps)
@@ -569,7 +572,7 @@ def describe_text(config, rows, held_out, about: dict) -> str:
     )
 
 
-def describe_run(run, config, about_text, state, trace) -> None:
+def describe_run(run, config, about_text, state, first, trace) -> None:
     devices = jax.devices()
     if os.environ.get("XLA_FLAGS"):
         say(f"XLA_FLAGS: {os.environ['XLA_FLAGS']}")
@@ -583,9 +586,9 @@ def describe_run(run, config, about_text, state, trace) -> None:
         f"step: {run.global_batch} rows, {per_step:,} tokens (devices {len(devices)} x rows"
         f" {rows_at_once} x accumulated {run.micro_batches}); {run.total_steps:,} steps"
     )
-    if int(state.step):
-        say(f"continuing after step {int(state.step):,}")
-        if config.profile and int(state.step) >= trace.last:
+    if first:
+        say(f"continuing after step {first:,}")
+        if config.profile and first >= trace.last:
             say(f"profile {config.profile}: these steps were made before; nothing is traced")
     elif run.total_steps:
         say("compiling the first step")

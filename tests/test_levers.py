@@ -12,7 +12,7 @@ import pytest
 
 from gpt2_flax import devices, fsdp, parallel, plan, step
 from gpt2_flax.config import TrainConfig
-from gpt2_flax.model import ACTIVATIONS, FlaxGPT2LMHeadModule, _in_float32
+from gpt2_flax.model import ACTIVATIONS, FlaxGPT2Block, FlaxGPT2LMHeadModule, _in_float32
 from tests.test_step import T, random_batches
 
 DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2)
@@ -108,6 +108,63 @@ def test_a_scan_gathers_shards_layer_by_layer(tiny_config, monkeypatch):
         gradients.append(jax.jit(sums)(params, batch))
     assert_alike(gradients[1], gradients[0])
     assert_alike(gradients[2], gradients[0])
+
+
+# ---------------------------------------------------------------- one layer traced for all
+
+
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize(
+    "config",
+    [{}, DROPOUT, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 7, "n_layer": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"keeps_little": True},
+        {"gradient_checkpointing": True},
+        {"attention_checkpointing": True, "keeps_little": True},
+        {"hf_flax_compat": True},
+    ],
+    ids=str,
+)
+def test_layers_traced_once_are_the_same_layers(tiny_config, config, fields):
+    config, key = tiny_config(**config), jax.random.key(5)
+    expected = loss_and_gradient(config, key=key, **fields)
+    assert_alike(loss_and_gradient(config, key=key, traced_once=True, **fields), expected)
+
+
+def test_of_layers_traced_once_all_states_and_probabilities_are_there(tiny_config):
+    config = tiny_config(n_layer=3)
+    params, ids = initial(config), jnp.asarray(next(random_batches(4, 1)).ids_BxS)
+    plain, once = (
+        FlaxGPT2LMHeadModule(config, traced_once=traced_once).apply(
+            {"params": params}, ids, output_attentions=True, output_hidden_states=True
+        )
+        for traced_once in (False, True)
+    )
+    assert len(once.hidden_states) == 4 and len(once.attentions) == 3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), once, plain)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_step_is_traced_with_one_layer(tiny_config, monkeypatch, deterministic):
+    """As train.py makes it."""
+    calls, called = [], FlaxGPT2Block.__call__
+
+    def call(self, *args):
+        calls.append(self.layer)
+        return called(self, *args)
+
+    monkeypatch.setattr(FlaxGPT2Block, "__call__", call)
+    module = plan.make_module(TrainConfig(), tiny_config(n_layer=5, **DROPOUT))
+    params, batch = initial(module.config), next(random_batches(4, 1))
+    key = None if deterministic else jax.random.key(0)
+    calls.clear()
+    jax.jit(jax.grad(lambda p: step.loss_sum(p, batch, key, module)[0])).lower(params)
+    assert calls == [0]
 
 
 # ---------------------------------------------------------------- dropout
