@@ -67,7 +67,7 @@ def train(settings: dict) -> dict:
     same sizes, update rule and clipping. Each round is cold: it has an empty folder for compiled
     programs, in which one more process of ours then starts warm.
     """
-    peak = None  # FLOP/s of all devices, which ours know
+    peak = None  # FLOP/s of a device, which ours know; PyTorch takes one
 
     def measure(cell, n):
         nonlocal peak
@@ -77,10 +77,8 @@ def train(settings: dict) -> dict:
             again = of_training("ours", kept | {"steps": 1, "warm_up": 0}, variables)
             return {FIRST: again[FIRST]}
         figures = of_training(cell, kept, variables)
-        if "peak FLOP/s" in figures:
-            n_devices, peak = figures.pop("peak FLOP/s")
-            peak = peak and n_devices * peak
-        return figures | {"MFU": mfu(figures["tokens/s"], settings, peak)}
+        n_devices, peak = figures.pop("peak FLOP/s", (1, peak))
+        return figures | {"MFU": mfu(figures["tokens/s"], settings, peak and n_devices * peak)}
 
     with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
         rounds = in_turn(("ours", *settings["peer"], WARM), settings, measure)
@@ -165,8 +163,8 @@ def in_turn(cells, settings: dict, measure) -> dict[str, list[dict]]:
     measure: (cell, round) -> figures by name, the first of which is said.
     """
     found = {cell: [] for cell in cells}
-    if load() > BUSY:
-        say(f"the machine was busy in the last minute (load {load()}): figures may vary")
+    if (busy := load()) > BUSY:
+        say(f"the machine was busy in the last minute (load {busy}): figures may vary")
     n_processes, done = len(found) * settings["processes"], 0
     say(
         f"{n_processes} processes, one after another, in {settings['processes']} rounds of"

@@ -234,8 +234,8 @@ def values_by_all_heads(probs_BxHx1xK, v_BxKxHxC):
     return jnp.where(own_HxH, mixed_BxHxD.reshape(B, H, H, C), 0).sum(2)[:, None]
 
 
-def words_of_masks(words, n: int) -> list:
-    """Those of each of n masks, or layers of them, along the second axis; None of None."""
+def split_words(words, n: int) -> list:
+    """(B, n, ...) as n arrays, of a mask or a layer each; n times None where there are none."""
     return [None if words is None else words[:, mask] for mask in range(n)]
 
 
@@ -262,13 +262,14 @@ class FlaxGPT2Attention(nn.Module):
     def __call__(
         self, x_BxTxD, source_BxKxD, mask_BxK, words_Bx2x2, deterministic, init_cache, before=None
     ):
-        of_probs_Bx2, of_output_Bx2 = words_of_masks(words_Bx2x2, 2)
+        of_probs_Bx2, of_output_Bx2 = split_words(words_Bx2x2, 2)
         T = x_BxTxD.shape[1]
-        if self.fused == "flash" and mask_BxK is None:
+        can_fuse = mask_BxK is None and not self.hf_flax_compat and self.config.attn_pdrop < 1.0
+        if self.fused == "flash" and can_fuse:
             mixed_BxTxHxC = self._flash(x_BxTxD, of_probs_Bx2, deterministic, before)
             return self._merge(mixed_BxTxHxC, of_output_Bx2, deterministic), None
         q_BxTxHxC, k_BxKxHxC, v_BxKxHxC = self._project(x_BxTxD, source_BxKxD, before)
-        if self.fused and mask_BxK is None:
+        if self.fused and can_fuse:
             mixed_BxTxHxC = jax.nn.dot_product_attention(
                 q_BxTxHxC, k_BxKxHxC, v_BxKxHxC, is_causal=True, scale=self._scale(),
                 implementation=self.fused,
@@ -543,8 +544,8 @@ class FlaxGPT2BlockCollection(nn.Module):
     gather: FlaxGPT2LMHeadModule's; a layer's parameters are whole only while it is computed.
     fused_attention: FlaxGPT2Attention's `fused`. kernels: LayerNorm's. scanned: one layer is
     compiled, and run n_layer times; inputs and probabilities are then not returned.
-    traced_once: for a model under jax.jit, which is slow to trace: one layer is, for all, where
-    they are alike and whole; XLA puts it in n_layer times.
+    traced_once: under jax.jit, where tracing all layers is slow: one is traced for all, if they
+    are alike and whole; XLA puts it in n_layer times.
     """
 
     config: Any
@@ -565,14 +566,15 @@ class FlaxGPT2BlockCollection(nn.Module):
         init_cache,
     ):  # fmt: skip
         rows = mask_BxK, encoder_BxKxD, encoder_mask_BxK
-        words = words_of_masks(words_BxLx5x2, self.config.n_layer)
+        words = split_words(words_BxLx5x2, self.config.n_layer)
         if init_cache or self.is_initializing() or "cache" in self.variables:
             return self._by_modules((), x_BxTxD, rows, words, deterministic, init_cache)
         draws = self.hf_flax_compat and not deterministic and self.has_rng("dropout")
         layers_differ = self.config.scale_attn_by_inverse_layer_idx
         if self.scanned and not layers_differ and not draws:
             return self._scan(words_BxLx5x2, x_BxTxD, rows, deterministic), [], []
-        once = self.traced_once and not (self.gather or layers_differ or draws)
+        is_traced = isinstance(x_BxTxD, jax.core.Tracer)
+        once = self.traced_once and is_traced and not (self.gather or layers_differ or draws)
         if not (once or self.gradient_checkpointing or self.gather):
             return self._by_modules(self._for_training(), x_BxTxD, rows, words, deterministic)
         of_all = jax.jit(self._one_layer(0, deterministic)) if once else None

@@ -27,7 +27,7 @@ MAX_SAVED_BYTES = 2**20  # of SETTINGS_FILE, which may name thousands of files
 
 
 def holds_a_run(output_dir: pathlib.Path) -> bool:
-    """Whether a run began there, or something with a file of that name did."""
+    """Whether a run began there, or the file of another program's settings has the same name."""
     return (output_dir / SETTINGS_FILE).is_file()
 
 
@@ -47,6 +47,11 @@ def check(config: TrainConfig, output_dir: pathlib.Path) -> bool:
                 f"output_dir {output_dir} holds {', '.join(foreign) or 'checkpoints'} but no"
                 f" {SETTINGS_FILE}: it is not a run of this trainer\n"
                 "  choose another --output_dir; nothing was changed"
+            )
+        if (size := len(dump_yaml(config).encode())) > MAX_SAVED_BYTES:
+            raise UserError(
+                f"the settings are {size:,} bytes, and {SETTINGS_FILE} holds at most"
+                f" {MAX_SAVED_BYTES:,}\n  name directories instead of their files"
             )
         return False
     if config.resume == "never":

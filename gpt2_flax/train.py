@@ -131,20 +131,22 @@ def train(config: TrainConfig) -> int:
             checkpoints = open_checkpoints(config, output_dir, cleanup)
 
         # -------------------------------------------------------- restore
-        state, first, meta = restore(run, checkpoints, config, train_rows, tokenizer, given_params)
-        if first != newest:  # that one is damaged: another number of steps is left
-            run = plan.build_run(config, model_config, train_rows, first, meta)
+        state, steps_made, meta = restore(
+            run, checkpoints, config, train_rows, tokenizer, given_params
+        )
+        if steps_made != newest:  # that one is damaged: another number of steps is left
+            run = plan.build_run(config, model_config, train_rows, steps_made, meta)
         with processes.together():
-            logs = Logs(config, output_dir, first, sampler, processes.is_first())
+            logs = Logs(config, output_dir, steps_made, sampler, processes.is_first())
             cleanup.callback(logs.close)
         about_text = describe_text(config, train_rows, held_out, about_text)
         checkpoints.warn_of_room(state)
-        describe_run(run, config, about_text, state, first, trace)
+        describe_run(run, config, about_text, state, steps_made, trace)
 
         # -------------------------------------------------------- loop
         state, stopped_by = loop(
-            run, config, state, first, meta, train_rows, held_out, checkpoints, logs, trace, stop,
-            watch,
+            run, config, state, steps_made, meta, train_rows, held_out, checkpoints, logs, trace,
+            stop, watch,
         )  # fmt: skip
         opening.warn_of_stream(train_rows)
         if stopped_by is not None:
@@ -259,9 +261,9 @@ META_TYPES = {
 
 
 def restore(run, checkpoints, config, rows, tokenizer, given_params):
-    """(state, its step, meta) to go on from: the newest checkpoint's, or those of a new run.
+    """(state, steps made, meta) to go on from: the newest checkpoint's, or those of a new run.
 
-    A new run's state may still be under way: its first step is traced and compiled meanwhile.
+    On one device a new run's state may still be under way: the step is compiled meanwhile.
     """
     shapes = step.state_shapes(run.module, run.optimizer)
     like = parallel.shapes_on_devices(shapes, run.engine)
@@ -269,10 +271,10 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
     data = {"text": rows.fingerprint, "tokenizer": tokenizer.fingerprint}
     if restored is not None:
         state, meta = restored
-        first = int(state["step"])
-        if first > run.total_steps:
+        steps_made = int(state["step"])
+        if steps_made > run.total_steps:
             raise UserError(
-                f"the run in {config.output_dir} is at step {first} already, past"
+                f"the run in {config.output_dir} is at step {steps_made} already, past"
                 f" the {run.total_steps} that are asked for\n"
                 "  raise --max_steps or --epochs; any of its checkpoints can be converted:"
                 " scripts/convert.py"
@@ -283,7 +285,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
                     f"the {what} is not the one that the run in {config.output_dir} began with\n"
                     "  bring it back, or choose another --output_dir"
                 )
-        return step.TrainState(**state), first, meta | {"seconds_a_step": run.seconds_a_step}
+        return step.TrainState(**state), steps_made, meta | {"seconds_a_step": run.seconds_a_step}
     if config.resume == "require" or (config.init_from and given_params is None):
         raise CheckpointError(f"output_dir {config.output_dir} holds no checkpoint to resume from")
     meta = {
@@ -303,7 +305,10 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
     else:
         make = functools.partial(step.state_from_params, optimizer=run.optimizer)
         argument = given_params
-    return parallel.make_state(make, argument, run.engine), 0, meta
+    state = parallel.make_state(make, argument, run.engine)
+    if jax.device_count() > 1:  # one that fails would leave the others waiting in the first step
+        jax.block_until_ready(state)
+    return state, 0, meta
 
 
 # ---------------------------------------------------------------- loop
@@ -313,12 +318,14 @@ class InterruptedEvaluationError(Exception):
     """An evaluation was cut short by a stop request."""
 
 
-def loop(run, config, state, first, meta, rows, held_out, checkpoints, logs, trace, stop, watch):
+def loop(
+    run, config, state, steps_made, meta, rows, held_out, checkpoints, logs, trace, stop, watch
+):
     """Train to the last step. Returns (state, the signal that stopped it early or None)."""
     if processes.several():
         stop.agree_by(parallel.compile_maximum())
     stop.phase = stopping.STARTING
-    n = first
+    n = steps_made
     cursor, evaluated, best = meta["cursor"], meta["evaluated"], meta["best_validation_loss"]
     checkpoints.best.step = meta.get("best_step")
     meter = metrics.Meter(meta, run.flops, run.peak, config.max_bad_steps)
@@ -410,7 +417,7 @@ def loop(run, config, state, first, meta, rows, held_out, checkpoints, logs, tra
     is_finite = jax.jit(step.all_finite)
     checks_replicas = config.replica_check_every and jax.device_count() > 1
     steps = rows.batches(cursor, run.global_batch, run.row_limit, run.slots)
-    steps = itertools.islice(steps, run.total_steps - first)
+    steps = itertools.islice(steps, run.total_steps - steps_made)
     ready = parallel.prefetch(
         steps,
         lambda taken: taken._replace(
@@ -572,7 +579,7 @@ def describe_text(config, rows, held_out, about: dict) -> str:
     )
 
 
-def describe_run(run, config, about_text, state, first, trace) -> None:
+def describe_run(run, config, about_text, state, steps_made, trace) -> None:
     devices = jax.devices()
     if os.environ.get("XLA_FLAGS"):
         say(f"XLA_FLAGS: {os.environ['XLA_FLAGS']}")
@@ -586,9 +593,9 @@ def describe_run(run, config, about_text, state, first, trace) -> None:
         f"step: {run.global_batch} rows, {per_step:,} tokens (devices {len(devices)} x rows"
         f" {rows_at_once} x accumulated {run.micro_batches}); {run.total_steps:,} steps"
     )
-    if first:
-        say(f"continuing after step {first:,}")
-        if config.profile and first >= trace.last:
+    if steps_made:
+        say(f"continuing after step {steps_made:,}")
+        if config.profile and steps_made >= trace.last:
             say(f"profile {config.profile}: these steps were made before; nothing is traced")
     elif run.total_steps:
         say("compiling the first step")

@@ -157,6 +157,25 @@ def test_mfu_is_that_of_any_cell_where_the_peak_is_known():
     assert benchmark.mfu(549_900, settings, None) is None
 
 
+def test_mfu_of_ours_is_of_all_devices_and_a_peer_s_of_one(monkeypatch):
+    """Two devices of 10 TFLOP/s each; torch, and ours that know of no peak."""
+
+    def cell(name, settings, variables=None):
+        ours = {"peak FLOP/s": [2, 1e13]} if name in ("ours", "jit") else {}
+        return {"tokens/s": 1000.0, benchmark.FIRST: 1.0} | ours
+
+    monkeypatch.setattr(benchmark, "of_training", cell)
+    settings = {
+        "peer": ["torch", "jit"], "processes": 2, "n_layers": 12, "n_embd": 768,
+        "vocab_size": 50257, "block_size": 1024,
+    }  # fmt: skip
+    results = benchmark.train(settings)
+    of_one = benchmark.mfu(1000.0, settings, 1e13)
+    assert results["torch: MFU"]["values"] == [of_one] * 2
+    for name in ("ours", "jit"):
+        assert results[f"{name}: MFU"]["values"] == pytest.approx([of_one / 2] * 2)
+
+
 @pytest.mark.parametrize(
     ("argv", "match"),
     [

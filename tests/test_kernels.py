@@ -95,6 +95,19 @@ def test_a_model_with_kernels_is_the_same_model(tiny_config, config, fields):
     assert_alike(take(fused_attention="flash", kernels=True, **fields), take())
 
 
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [(DROPOUT, {"hf_flax_compat": True}), ({"attn_pdrop": 1.0, "resid_pdrop": 0.0}, {})],
+    ids=str,
+)
+def test_masks_that_flash_attention_does_not_make_are_left_to_plain_attention(
+    tiny_config, config, fields
+):
+    config, key = long_config(tiny_config, **config), jax.random.key(5)
+    take = functools.partial(loss_and_gradient, config, key=key, positions=T, **fields)
+    assert_alike(take(fused_attention="flash"), take())
+
+
 def test_kernels_work_by_pmap_and_in_shards(tiny_config):
     """On 8 devices, the loss and the gradient of one."""
     config = long_config(tiny_config, **DROPOUT)

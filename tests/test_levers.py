@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_flax import devices, fsdp, parallel, plan, step
+from gpt2_flax import devices, fsdp, optim, parallel, plan, step
 from gpt2_flax.config import TrainConfig
 from gpt2_flax.model import ACTIVATIONS, FlaxGPT2Block, FlaxGPT2LMHeadModule, _in_float32
 from tests.test_step import T, random_batches
@@ -139,19 +139,23 @@ def test_layers_traced_once_are_the_same_layers(tiny_config, config, fields):
 def test_of_layers_traced_once_all_states_and_probabilities_are_there(tiny_config):
     config = tiny_config(n_layer=3)
     params, ids = initial(config), jnp.asarray(next(random_batches(4, 1)).ids_BxS)
-    plain, once = (
-        FlaxGPT2LMHeadModule(config, traced_once=traced_once).apply(
-            {"params": params}, ids, output_attentions=True, output_hidden_states=True
-        )
-        for traced_once in (False, True)
-    )
+
+    def run(**fields):
+        module = FlaxGPT2LMHeadModule(config, **fields)
+        flags = {"output_attentions": True, "output_hidden_states": True}
+        return jax.jit(lambda params: module.apply({"params": params}, ids, **flags))(params)
+
+    plain, once = run(), run(traced_once=True)
     assert len(once.hidden_states) == 4 and len(once.attentions) == 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), once, plain)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_a_step_is_traced_with_one_layer(tiny_config, monkeypatch, deterministic):
-    """As train.py makes it."""
+@pytest.mark.parametrize(
+    ("deterministic", "remat", "times"),
+    [(False, "none", 1), (True, "none", 1), (False, "attention", 1), (False, "block", 3)],
+)
+def test_a_step_is_traced_with_one_layer(tiny_config, monkeypatch, deterministic, remat, times):
+    """As train.py makes it. What is computed again is traced for the gradient, too."""
     calls, called = [], FlaxGPT2Block.__call__
 
     def call(self, *args):
@@ -159,12 +163,28 @@ def test_a_step_is_traced_with_one_layer(tiny_config, monkeypatch, deterministic
         return called(self, *args)
 
     monkeypatch.setattr(FlaxGPT2Block, "__call__", call)
-    module = plan.make_module(TrainConfig(), tiny_config(n_layer=5, **DROPOUT))
+    module = plan.make_module(TrainConfig(remat=remat), tiny_config(n_layer=5, **DROPOUT))
     params, batch = initial(module.config), next(random_batches(4, 1))
     key = None if deterministic else jax.random.key(0)
     calls.clear()
     jax.jit(jax.grad(lambda p: step.loss_sum(p, batch, key, module)[0])).lower(params)
-    assert calls == [0]
+    assert calls == [0] * times
+
+
+def test_the_update_is_traced_once_for_both_its_halves(tiny_config):
+    module = plan.make_module(TrainConfig(), tiny_config())
+    calls, optimizer = [], optim.make_optimizer("adamw", lambda n: 0.1, 0.1, 0.9, 0.99, 1e-8, 1.0)
+
+    def update(*arguments, **more):
+        calls.append(arguments)
+        return optimizer.update(*arguments, **more)
+
+    state = jax.eval_shape(lambda key: step.init_state(key, module, optimizer), jax.random.key(0))
+    batch = jax.tree.map(lambda x: x[None], next(random_batches(4, 1)))
+    counted = optimizer._replace(update=update)
+    one = functools.partial(step.train_step, model=module, optimizer=counted, seed=0)
+    jax.jit(one).lower(state, batch)
+    assert len(calls) == 1
 
 
 # ---------------------------------------------------------------- dropout

@@ -25,6 +25,7 @@ from gpt2_flax import (
     metrics,
     optim,
     parallel,
+    run_directory,
 )
 from gpt2_flax.config import load_config
 from gpt2_flax.data.batches import StoredRows
@@ -626,6 +627,15 @@ def test_running_out_of_memory_ends_with_the_sizes_and_remedies(run, tmp_path, m
         str(caught.value),
     )
     assert caught.value.exit_code == 2
+
+
+def test_settings_that_would_not_be_read_again_are_refused_before_training(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_directory, "MAX_SAVED_BYTES", 999)
+    with pytest.raises(UserError, match=r"the settings are [\d,]+ bytes, and config.yaml holds"):
+        run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_error_of_xla_is_not_called_a_lack_of_memory():
