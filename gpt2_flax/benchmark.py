@@ -167,7 +167,7 @@ def in_turn(cells, settings: dict, measure) -> dict[str, list[dict]]:
         say(f"the machine was busy in the last minute (load {busy}): figures may vary")
     n_processes, done = len(found) * settings["processes"], 0
     say(
-        f"{n_processes} processes, one after another, in {settings['processes']} rounds of"
+        f"{n_processes} processes, one after another ({settings['processes']} of each):"
         f" {'; '.join(found)}"
     )
     for n in range(settings["processes"]):
