@@ -105,8 +105,9 @@ def build(settings: dict):
         seed=settings["seed"],
         parallel=settings.get("parallel", "pmap"),
     )
-    make, update = plan.trial(config, plan.make_module(config, model_config(settings)))
-    state = parallel.make_state(make, jax.random.key(config.seed), config.parallel)
+    module = plan.make_module(config, model_config(settings))
+    optimizer, update = plan.trial(config, module)
+    state = plan.new_state(jax.random.key(config.seed), module, optimizer, config.parallel)
 
     def ready(ids):
         batch = batches.make_batch(ids, np.ones(n_rows, bool), slice(None), n_rows)

@@ -42,8 +42,8 @@ def dry_run(config) -> int:
 def show_run(config) -> int:
     model_config, _ = plan.choose_model(config, vocabulary_of(config), None)
     module = plan.make_module(config, model_config)
-    make, update = plan.trial(config, module, plan.engine_of_plans(config))
-    state = jax.eval_shape(make, jax.random.key(0))
+    optimizer, update = plan.trial(config, module, plan.engine_of_plans(config))
+    state = step.state_shapes(module, optimizer)
     if config.show_sharding:
         show(sharding_lines(state, config.parallel))
     if config.dry_run:

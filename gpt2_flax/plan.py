@@ -13,6 +13,7 @@ import numpy as np
 from gpt2_flax import (
     devices,
     durations,
+    initialization,
     kernels,
     memory,
     metrics,
@@ -283,15 +284,26 @@ def check_given_model(config: TrainConfig, model_config, tokenizer) -> None:
         )
 
 
+def new_state(key, module, optimizer, engine: str) -> step.TrainState:
+    """`step.init_state` of a key, on the devices as an engine wants it, by several programs."""
+    like = parallel.shapes_on_devices(step.state_shapes(module, optimizer), engine)
+    params = initialization.draw_parameters(module, key, like.params)
+
+    def rest(params):
+        return step.state_from_params(params, optimizer)._replace(params=None)
+
+    where = jax.tree.map(lambda leaf: leaf.sharding, like._replace(params=None))
+    return jax.jit(rest, out_shardings=where)(params)._replace(params=params)
+
+
 # ---------------------------------------------------------------- measured before the first step
 
 
 def trial(config, module, engine: str | None = None):
-    """(what makes a state, a step on many devices) of a run whose length is not known yet."""
+    """(optimizer, a step on many devices) of a run whose length is not known yet."""
     _, optimizer = make_optimizer(config, 1, lambda value: 1)
-    make = functools.partial(step.init_state, model=module, optimizer=optimizer)
     update = functools.partial(step.train_step, **fixed_for_step(config, module, optimizer))
-    return make, parallel.compile_train_step(update, engine or config.parallel)
+    return optimizer, parallel.compile_train_step(update, engine or config.parallel)
 
 
 def engine_of_plans(config) -> str:
@@ -323,8 +335,8 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
         if not allowed:
             return 1  # these devices cannot make up the run's steps: that is said elsewhere
     engine = engine_of_plans(config)
-    make, update = trial(config, module, engine)
-    state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)), engine)
+    optimizer, update = trial(config, module, engine)
+    state = parallel.shapes_on_devices(step.state_shapes(module, optimizer), engine)
     planned = {}
 
     def bytes_of(n):
@@ -351,8 +363,8 @@ def choose_batch_size(config, module, rows_an_epoch: int | None, saved: int | No
 
 def measure_step(config, module, global_batch: int) -> float:
     """Seconds a step: the median of five on blank rows, after one in which it is compiled."""
-    make, update = trial(config, module)
-    state = parallel.make_state(make, jax.random.key(config.seed), config.parallel)
+    optimizer, update = trial(config, module)
+    state = new_state(jax.random.key(config.seed), module, optimizer, config.parallel)
     batch = blank_batch(global_batch // jax.process_count(), config.block_size)
     micro_batches = global_batch // (devices.count() * config.batch_size)
     ready = parallel.put_batch(batch, micro_batches, config.parallel)
@@ -380,8 +392,7 @@ def describe_memory(run, config) -> str:
     rows, beside = config.batch_size, ""
     if run is not None:
         rows = run.eval_batch // devices.count()
-        make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
-        state = jax.eval_shape(make, jax.random.key(0))
+        state = step.state_shapes(run.module, run.optimizer)
         n_bytes = parallel.bytes_there(state, run.engine)
         beside = f" beside {memory.gigabytes(n_bytes)} of parameters and optimizer,"
     return (

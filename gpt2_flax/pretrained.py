@@ -18,14 +18,13 @@ import transformers
 from flax.core import FrozenDict, freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_flax import generation, memory, weights
+from gpt2_flax import generation, initialization, memory, weights
 from gpt2_flax.errors import MissingFileError, UserError
 from gpt2_flax.model import (
     FlaxGPT2LMHeadModule,
     FlaxGPT2Module,
     check_config,
     empty_cache,
-    parameter_shapes,
 )
 from gpt2_flax.model_config import (
     CONFIG_FILE,
@@ -146,7 +145,10 @@ class FlaxGPT2PreTrainedModel:
         return self._params_shape_tree
 
     def _set_shapes(self) -> None:
-        self._params_shape_tree = jax.eval_shape(self._init_module, self.key)
+        if type(self.module) in initialization.OURS:
+            self._params_shape_tree = initialization.parameter_shapes(self.module)
+        else:
+            self._params_shape_tree = jax.eval_shape(self._init_module, self.key)
         self._required_params = set(flatten_dict(self._params_shape_tree))
 
     def _init_module(self, rng):
@@ -161,7 +163,11 @@ class FlaxGPT2PreTrainedModel:
         file (`_missing_keys`) filled in. input_shape has no influence; it is the original's.
         """
         del input_shape
-        random_params = jax.jit(self._init_module)(rng)
+        if type(self.module) in initialization.OURS:
+            params_rng, _ = jax.random.split(rng)
+            random_params = initialization.draw_parameters(self.module, params_rng)
+        else:
+            random_params = jax.jit(self._init_module)(rng)
         if params is None:
             return random_params
         drawn, given = flatten_dict(random_params), flatten_dict(unfreeze(params))
@@ -578,7 +584,7 @@ class FlaxGPT2LMHeadModel(FlaxGPT2PreTrainedModel):
 
 def param_shapes(config) -> dict:
     """The tree of a model's parameter shapes and types; nothing is computed."""
-    return parameter_shapes(FlaxGPT2LMHeadModule(config))
+    return initialization.parameter_shapes(FlaxGPT2LMHeadModule(config))
 
 
 def check_room(shapes: dict, where: str) -> None:

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_flax import devices, head_loss
-from gpt2_flax.model import parameter_shapes
+from gpt2_flax import devices, head_loss, initialization
 
 
 class TrainState(NamedTuple):
@@ -25,8 +24,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(key, model, optimizer) -> TrainState:
-    ids = jnp.zeros((1, 1), jnp.int32)
-    return state_from_params(model.init(key, ids)["params"], optimizer)
+    return state_from_params(initialization.draw_parameters(model, key), optimizer)
 
 
 def state_from_params(params, optimizer) -> TrainState:
@@ -36,7 +34,7 @@ def state_from_params(params, optimizer) -> TrainState:
 def state_shapes(model, optimizer) -> TrainState:
     """Shapes and types of `init_state`'s arrays; nothing is computed."""
     make = functools.partial(state_from_params, optimizer=optimizer)
-    return jax.eval_shape(make, parameter_shapes(model))
+    return jax.eval_shape(make, initialization.parameter_shapes(model))
 
 
 def loss_sum(params, batch, key, model, logits_at_once: int | None = None):

@@ -300,12 +300,11 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
         "seconds_a_step": run.seconds_a_step,
     }
     if given_params is None:
-        make = functools.partial(step.init_state, model=run.module, optimizer=run.optimizer)
-        argument = jax.random.key(config.seed)
+        key = jax.random.key(config.seed)
+        state = plan.new_state(key, run.module, run.optimizer, run.engine)
     else:
         make = functools.partial(step.state_from_params, optimizer=run.optimizer)
-        argument = given_params
-    state = parallel.make_state(make, argument, run.engine)
+        state = parallel.make_state(make, given_params, run.engine)
     if jax.device_count() > 1:  # one that fails would leave the others waiting in the first step
         jax.block_until_ready(state)
     return state, 0, meta

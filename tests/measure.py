@@ -205,9 +205,10 @@ def engine(n_steps: int = 150) -> None:
     for name in ("pmap", "jit"):
         rows = 8 // jax.device_count()
         settings = config.TrainConfig(dropout=0.0, batch_size=rows, parallel=name)
-        make, update = plan.trial(settings, plan.make_module(settings, sizes))
+        module = plan.make_module(settings, sizes)
+        optimizer, update = plan.trial(settings, module)
         batch = parallel.put_batch(plan.blank_batch(8, 128), 1, name)
-        state, _ = update(parallel.make_state(make, jax.random.key(0), name), batch)
+        state, _ = update(plan.new_state(jax.random.key(0), module, optimizer, name), batch)
         runs.append([update, state, batch, []])
     for _ in range(n_steps):
         for of_one in runs:

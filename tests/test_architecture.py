@@ -8,7 +8,7 @@ import jax
 import pytest
 import transformers
 
-from gpt2_flax import kernels, model
+from gpt2_flax import initialization, kernels, model
 from gpt2_flax.architecture import Architecture, as_gpt2_config
 from gpt2_flax.config import load_config
 from gpt2_flax.data.tokenizers import make_tokenizer
@@ -49,7 +49,7 @@ def test_the_gpt2config_of_it_has_the_same_values():
 def test_a_module_is_the_same_with_either():
     ours = Architecture(**SMALL)
     shapes = [
-        model.parameter_shapes(model.FlaxGPT2LMHeadModule(config))
+        initialization.parameter_shapes(model.FlaxGPT2LMHeadModule(config))
         for config in (ours, as_gpt2_config(ours))
     ]
     assert shapes[0] == shapes[1]

@@ -272,8 +272,8 @@ def test_on_one_device_pmap_and_jit_run_the_same_program(tiny_config, monkeypatc
     for engine in ("pmap", "jit"):
         settings = TrainConfig(batch_size=2, dtype=dtype, parallel=engine)
         module = plan.make_module(settings, tiny_config(resid_pdrop=0.1))
-        make, update = plan.trial(settings, module)
-        state = parallel.shapes_on_devices(jax.eval_shape(make, jax.random.key(0)), engine)
+        optimizer, update = plan.trial(settings, module)
+        state = parallel.shapes_on_devices(step.state_shapes(module, optimizer), engine)
         batch = parallel.batch_shapes(plan.blank_batch(2, 5), 1, engine)
         programs.append(instructions(update.lower(state, batch).compile()))
     assert len(programs[0]) > 1000

@@ -24,7 +24,7 @@ V, B, T, D = 5003, 4, 64, 256
 PROGRAM = """
 import functools, json, sys
 import jax, jax.numpy as jnp
-from gpt2_flax import devices, parallel, plan
+from gpt2_flax import devices, parallel, plan, step
 from gpt2_flax.config import TrainConfig
 import transformers
 
@@ -35,9 +35,9 @@ config = TrainConfig(n_layers=2, n_heads=2, n_embd=D, block_size=T, batch_size=B
                      **settings)
 model = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=D, vocab_size=V, n_positions=T,
                                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-make, update = plan.trial(config, plan.make_module(config, model))
-shapes = jax.eval_shape(make, jax.random.key(0))
-state = parallel.shapes_on_devices(shapes, config.parallel)
+module = plan.make_module(config, model)
+optimizer, update = plan.trial(config, module)
+state = parallel.shapes_on_devices(step.state_shapes(module, optimizer), config.parallel)
 batch = parallel.batch_shapes(plan.blank_batch(8 * B * config.grad_accum, T), config.grad_accum,
                               config.parallel)
 compiled = update.lower(state, batch).compile()
