@@ -35,7 +35,7 @@ def parameter_shapes(module) -> dict:
 
 
 def draw_parameters(module, key, like=None) -> dict:
-    """The parameters that one of OURS draws from `key`: float32, matrices normal, others 0 or 1.
+    """The parameters that one of OURS draws from `key`: matrices normal, others 0 or 1.
 
     like: their shapes, with the shardings that they are to have.
     """
@@ -49,11 +49,12 @@ def draw_parameters(module, key, like=None) -> dict:
         part = path[: path.index("h") + 2] if "h" in path else ()
         std = standard_deviation(module, path)
         its_key = None if std is None else scope_of(root, path[:-1]).make_rng("params")
-        parts.setdefault(part, {})[path[len(part) :]] = leaf.shape, std, leaf.sharding, its_key
+        about = (leaf.shape, leaf.dtype, std, leaf.sharding)
+        parts.setdefault(part, {})[path[len(part) :]] = about, its_key
     drawn = {}
     for part, leaves in parts.items():
-        draw = program(tuple((path, *about) for path, (*about, _) in leaves.items()))
-        found = draw([its_key for *_, its_key in leaves.values()])
+        draw = program(tuple((path[-1], *about) for path, (about, _) in leaves.items()))
+        found = draw([its_key for _, its_key in leaves.values()])
         drawn |= {part + path: leaf for path, leaf in zip(leaves, found, strict=True)}
     return unflatten_dict(drawn)
 
@@ -75,18 +76,17 @@ def standard_deviation(module, path: tuple) -> float | None:
 
 @functools.lru_cache(maxsize=64)
 def program(parameters: tuple):
-    """Keys -> parameters, which are given as (path, shape, standard deviation, sharding)."""
+    """Keys -> parameters, each given as (name, shape, type, standard deviation, sharding)."""
 
     def draw(keys):
         return [
-            of_one(path[-1], shape, std, key)
-            for (path, shape, std, _), key in zip(parameters, keys, strict=True)
+            first_values(*about, key) for (*about, _), key in zip(parameters, keys, strict=True)
         ]
 
     return jax.jit(draw, out_shardings=[sharding for *_, sharding in parameters])
 
 
-def of_one(name, shape, std, key):
+def first_values(name, shape, dtype, std, key):
     if std is None:
-        return jnp.ones(shape) if name == "scale" else jnp.zeros(shape)
-    return jax.nn.initializers.normal(std)(key, shape)
+        return jnp.full(shape, name == "scale", dtype)
+    return jax.nn.initializers.normal(std)(key, shape, dtype)
