@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt2_flax import threefry
 from gpt2_flax.model import FlaxGPT2LMHeadModule, FlaxGPT2Module, initial_std
 
 OURS = (FlaxGPT2Module, FlaxGPT2LMHeadModule)
@@ -89,4 +90,4 @@ def program(parameters: tuple):
 def first_values(name, shape, dtype, std, key):
     if std is None:
         return jnp.full(shape, name == "scale", dtype)
-    return jax.nn.initializers.normal(std)(key, shape, dtype)
+    return jax.nn.initializers.normal(std)(threefry.sooner(key), shape, dtype)
