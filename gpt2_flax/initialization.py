@@ -1,4 +1,4 @@
-"""A model's first parameters: those of flax's `init`, bit for bit, by smaller programs.
+"""A model's first parameters: those of flax's `init`, on a CPU bit for bit, by smaller programs.
 
 `init` is a forward pass, and under jit a program with a random generator for each matrix, which
 takes seconds to compile. Here one program draws a block, and is run for each of them.

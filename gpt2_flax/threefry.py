@@ -1,7 +1,7 @@
 """JAX's own random bits, four times sooner on a CPU: the generator's rounds are written out.
 
-There JAX makes a loop of them, for smaller programs, which goes through memory in each round:
-40 ns a number by one core. Written out they are one pass, on whole vectors.
+There JAX makes a loop of them, for smaller programs, which goes through memory at each of its five
+turns: 40 ns a number by one core. Written out they are one pass, on whole vectors.
 """
 
 import math
