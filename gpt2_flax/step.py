@@ -24,6 +24,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(key, model, optimizer) -> TrainState:
+    """A new run's state. `plan.new_state` makes the same where the devices want it."""
     return state_from_params(initialization.draw_parameters(model, key), optimizer)
 
 
