@@ -1,18 +1,15 @@
-"""Eight CPU devices, strict ranks, no network, and the tiny things that tests share."""
+"""Eight CPU devices, strict ranks, no network, two tiers, and the tiny things that tests share."""
 
-import collections
 import os
 import pathlib
 import sys
-import tempfile
 
-# Before JAX starts. Tests never reach out: whoever needs a hub starts one. Half of the time of
-# most of them would be LLVM's optimization; they have it by --full. (pytest-xdist's processes,
-# and the nursery's, find what the first one decided.)
+# These must be set before JAX starts. LLVM's optimization would be half of the time of most
+# tests, so only --thorough has it. Workers of pytest-xdist and forked runs inherit the variable.
 os.environ.setdefault(
     "TESTS_XLA_FLAGS",
     ""
-    if "--full" in sys.argv
+    if "--thorough" in sys.argv
     else "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
 )
 os.environ["XLA_FLAGS"] = " ".join(
@@ -23,8 +20,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"
-# Runs of the scripts leave the user's cache of compiled programs alone, and compile.
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a hub starts one
+# Runs of the scripts must neither use nor fill the user's cache of compiled programs.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import jax
@@ -35,15 +32,24 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same tiny programs: one directory for all of them, gone at the end.
-COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
-jax.config.update("jax_enable_compilation_cache", True)
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-os.environ["COMPILED_BY_NURSERIES"] = os.path.join(COMPILED.name, "nurseries")
 # Oracles are compared at full precision; on CPU this changes nothing.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def keep_compiled_programs(folder: pathlib.Path) -> None:
+    """Share compiled programs between workers and forked runs, and keep them for the next call.
+
+    They lie in .pytest_cache, a folder for each kind of processor; `pytest --cache-clear`
+    removes them.
+    """
+    from gpt2_flax.compilation_cache import processor
+
+    folder = folder / processor()
+    os.environ["COMPILED_BY_TESTS"] = str(folder)  # for tests.fork_server
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)
@@ -68,15 +74,54 @@ def tiny_config():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="all cases, faults in their full number")
+    parser.addoption("--all", action="store_true", help="run the slow tests, too")
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="as --all, with long counts (50 kills, 1,000 configurations) and optimized programs",
+    )
 
 
 def pytest_configure(config):
+    keep_compiled_programs(config.cache.mkdir("compiled"))
     config.pluginmanager.register(FailuresAtOnce(config))
+    config.pluginmanager.register(Tiers(config))
+
+
+class Tiers:
+    """Leave out what is marked `slow`, unless --all is given, and say so at the end."""
+
+    def __init__(self, config):
+        self.everything = config.getoption("--all") or config.getoption("--thorough")
+        self.n_left_out = 0
+
+    def pytest_collection_modifyitems(self, config, items):
+        if self.everything:
+            return
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        self.n_left_out = len(slow)
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
+            session.config.workeroutput["n_left_out"] = self.n_left_out
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        # Every worker collects all tests, so they all report the same number.
+        self.n_left_out = getattr(node, "workeroutput", {}).get("n_left_out", self.n_left_out)
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.n_left_out:
+            terminalreporter.write_line(
+                f"fast tier: {self.n_left_out} slow tests were left out;"
+                " `python -m pytest -n auto --all` runs everything"
+            )
 
 
 class FailuresAtOnce:
-    """Name a failed test when it fails: a long run that is broken off has said so by then."""
+    """Name a failed test at once, so that a run that is cut off has still named it."""
 
     def __init__(self, config):
         self.plugins = config.pluginmanager
@@ -89,23 +134,10 @@ class FailuresAtOnce:
             terminal.write_line(f"\n{report.when} of {report.nodeid} failed: {said}")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked `full` or `thinned`, but for --full."""
-    if config.getoption("--full"):
-        return
-    seen, kept, left_out = collections.Counter(), [], []
-    for item in items:
-        thinned, test = item.get_closest_marker("thinned"), (item.path, item.originalname)
-        one_more = thinned is not None and seen[test] % thinned.args[0] != 0
-        seen[test] += 1
-        (left_out if one_more or item.get_closest_marker("full") else kept).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left_out)
-
-
 @pytest.fixture(scope="session")
-def full(request) -> bool:
-    return request.config.getoption("--full")
+def thorough(request) -> bool:
+    """Whether random faults and configurations are tried in their long counts."""
+    return request.config.getoption("--thorough")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,10 +150,10 @@ def programs_are_forgotten():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    """Where runs of the script start at once."""
-    from tests.nursery import Nursery  # only now is the project's folder on the path
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """A process that has imported what a run needs, and forks runs of the scripts."""
+    from tests.fork_server import ForkServer  # only now is the project's folder on the path
 
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
+    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
+        yield fork_server

@@ -1,7 +1,7 @@
 """A thousand random configurations: each is refused in few words, or trains a step.
 
 Hypothesis makes them. That a step is trained is tried of the richest in the normal run, of all
-with --full; of the others it is tried in the normal run that all is there to begin with one.
+with --thorough; of the others it is tried in the normal run that all is there to begin with one.
 """
 
 import contextlib
@@ -131,13 +131,13 @@ def test_every_setting_that_is_tried_is_one_and_was_accepted_and_refused(outcome
         assert fine and refused, name
 
 
-def test_the_accepted_make_a_step_or_say_why_not(outcomes, tmp_path, full, capfd):
+def test_the_accepted_make_a_step_or_say_why_not(outcomes, tmp_path, thorough, capfd):
     text = tmp_path / "text.txt"
     text.write_text("tea milk sugar lemon honey " * 200)
     chosen = [settings for settings, config, _ in outcomes if config]
     chosen.sort(key=len, reverse=True)
     trained = 0
-    for n, settings in enumerate(chosen if full else chosen[:6]):
+    for n, settings in enumerate(chosen if thorough else chosen[:6]):
         output_dir = tmp_path / str(n)
         argv = as_argv({"max_steps": "1"} | TINY | settings)
         argv += ["--train_file", str(text), "--output_dir", str(output_dir)]
@@ -155,7 +155,7 @@ def test_the_accepted_make_a_step_or_say_why_not(outcomes, tmp_path, full, capfd
         else:  # what only shows with the text at hand
             assert 1 <= len(said.split("error: ")[1].splitlines()) <= 3, (settings, said)
             assert not output_dir.exists()
-    assert trained > (100 if full else 2)
+    assert trained > (100 if thorough else 2)
 
 
 def one_step_only(settings) -> bool:

@@ -24,7 +24,7 @@ from gpt2_flax.data.sources import Files, Text
 from gpt2_flax.data.token_files import Ids
 from gpt2_flax.data.tokenizers import make_tokenizer
 from gpt2_flax.errors import UserError
-from tests.texts import Documents, Numbers
+from tests.text_fixtures import Documents, Numbers
 
 T, SIZE, EPOCH, LEFT_OVER = 5, 4, 23, 3  # targets a row, rows a batch, rows an epoch, ids over
 N_IDS = EPOCH * T + 1 + LEFT_OVER

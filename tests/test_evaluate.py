@@ -22,7 +22,7 @@ from gpt2_flax.model import FlaxGPT2LMHeadModule
 from gpt2_flax.train import train
 from tests.conftest import ROOT
 from tests.test_errors import check_refusal, run_script
-from tests.texts import refused, write
+from tests.text_fixtures import refused, write
 
 P = 40  # positions
 SHARED = ROOT.parent / "shared" / "data"

@@ -1,4 +1,4 @@
-"""Kills in three epochs, twenty by --full: every row is trained on exactly once an epoch.
+"""Kills in three epochs, twenty by --thorough: every row is trained on exactly once an epoch.
 
 Real runs, real SIGKILLs at random steps, on one device, four and two by turns; the rows of each
 step stand in ledger.jsonl. The rows of steps that a kill undid are trained on again, and their
@@ -40,13 +40,13 @@ def read_ledger(output_dir) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_row_is_used_once_an_epoch_through_kills(nursery, text, tmp_path, full, kind):
-    n_kills = 20 if full else 4
+def test_each_row_is_used_once_an_epoch_through_kills(fork_server, text, tmp_path, thorough, kind):
+    n_kills = 20 if thorough else 4
 
     def start(output_dir, devices):
         settings = SETTINGS | KINDS[kind] | {"train_file": text, "output_dir": output_dir}
         argv = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-        return nursery.start(argv, devices)
+        return fork_server.start(argv, devices)
 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     run = start(unbroken, devices=1)

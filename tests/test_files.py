@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpt2_flax.data import files
 from gpt2_flax.data.files import Bytes, Spool, decode, find_files, kind_of, n_bytes, unmark
 from gpt2_flax.errors import StorageError
-from tests.texts import PACKINGS, refused, write
+from tests.text_fixtures import PACKINGS, refused, write
 
 many = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 every_packing = pytest.mark.parametrize("suffix", PACKINGS)

@@ -139,7 +139,7 @@ def test_losses_are_those_of_pmap(tiny_config, rate, micro_batches):
 
 @pytest.mark.parametrize(
     "optimizer",
-    ["adafactor", "muon", *(pytest.param(n, marks=pytest.mark.full) for n in ("lion", "sgd"))],
+    ["adafactor", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "sgd"))],
 )
 def test_every_optimizer_sees_whole_arrays(tiny_config, optimizer):
     config, batches = tiny_config(n_embd=24), list(random_batches(16, 4))
@@ -151,9 +151,9 @@ def test_every_optimizer_sees_whole_arrays(tiny_config, optimizer):
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.full),
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
         {"attention_checkpointing": True},
-        pytest.param({"keeps_little": True}, marks=pytest.mark.full),
+        pytest.param({"keeps_little": True}, marks=pytest.mark.slow),
         {"pad_vocab_to_multiple_of": 16},
         {"gradient_checkpointing": True, "keeps_little": True},
     ],

@@ -18,7 +18,7 @@ from gpt2_flax.data.hub_datasets import SHARD, Rows, Stream, is_heading, open_da
 from gpt2_flax.data.sources import open_sources
 from gpt2_flax.data.tokenizers import make_tokenizer
 from gpt2_flax.errors import StorageError, UserError
-from tests.texts import check_restarts, documents, joined, refused
+from tests.text_fixtures import check_restarts, documents, joined, refused
 
 reachable = hub.reachable  # tests put others in its place
 CUTS = make_tokenizer("bytes", ()).cuts

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gpt2_flax import huge_pages
-from tests.nursery import ROOT
+from tests.fork_server import ROOT
 
 SCRIPT = """
 import ctypes, json, os, pathlib, sys

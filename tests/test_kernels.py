@@ -19,7 +19,7 @@ from gpt2_flax.config import load_config
 from gpt2_flax.errors import UserError
 from gpt2_flax.layer_norm import kept_and_normed, layer_norm
 from gpt2_flax.model import FlaxGPT2LMHeadModule
-from tests.test_levers import DROPOUT, assert_alike, initial, loss_and_gradient
+from tests.test_compute_options import DROPOUT, assert_alike, initial, loss_and_gradient
 
 T = 128
 

@@ -15,7 +15,7 @@ import transformers
 
 from gpt2_flax.data.tokenizers import make_tokenizer
 from tests.conftest import ROOT
-from tests.texts import refused, write
+from tests.text_fixtures import refused, write
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, an optional extra")
 pytest.importorskip("accelerate", reason="needs lm_eval[hf], to compare with")

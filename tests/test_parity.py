@@ -11,7 +11,7 @@ import torch
 from gpt2_flax import optim, parity
 from gpt2_flax.errors import NumericsError
 from tests.test_errors import check_refusal, run_script
-from tests.texts import refused, write
+from tests.text_fixtures import refused, write
 
 TEXT = "The tea is in the pot, and the milk is in the jug. " * 60
 

@@ -38,10 +38,10 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(nursery, text):
+def start(fork_server, text):
     """Start the processes of a run; what differs between them is given as lists."""
 
-    def start(output_dir, count, devices, hook=None, **settings):
+    def start(output_dir, count, devices, fault=None, **settings):
         address = f"127.0.0.1:{free_port()}"
         common = SETTINGS | {
             "train_file": text, "output_dir": output_dir, "max_steps": 20, "dropout": 0.1,
@@ -52,7 +52,7 @@ def start(nursery, text):
             own = {k: v[number] if isinstance(v, list) else v for k, v in settings.items()}
             joined = {"num_processes": count, "process_id": number, "coordinator_address": address}
             argv = as_argv(common | (joined if count > 1 else {}) | own)
-            runs.append(nursery.start(argv, devices, hook=hook))
+            runs.append(fork_server.start(argv, devices, fault=fault))
         return runs
 
     return start
@@ -91,14 +91,14 @@ def ledger(output_dir):
 
 
 @pytest.fixture(scope="module")
-def alone(nursery, text, tmp_path_factory):
+def alone(fork_server, text, tmp_path_factory):
     """20 steps of 8 rows by one process on eight devices."""
     output_dir = tmp_path_factory.mktemp("alone") / "run"
     settings = SETTINGS | {
         "train_file": text, "output_dir": output_dir, "max_steps": 20, "dropout": 0.1,
         "batch_size": 1, "log_every": 1, "eval_every": 10,
     }  # fmt: skip
-    run = nursery.start(as_argv(settings), 8)
+    run = fork_server.start(as_argv(settings), 8)
     assert run.wait() == 0, run.text()
     return output_dir
 
@@ -111,11 +111,11 @@ def alone(nursery, text, tmp_path_factory):
         pytest.param(2, 2, {"grad_accum": 2, "parallel": "fsdp"}, id="2 x 2, fsdp"),
         # These take up to a minute each.
         pytest.param(
-            2, 1, {"grad_accum": 4, "parallel": "jit"}, id="2 x 1, jit", marks=pytest.mark.full
+            2, 1, {"grad_accum": 4, "parallel": "jit"}, id="2 x 1, jit", marks=pytest.mark.slow
         ),
-        pytest.param(4, 2, {}, id="4 x 2", marks=pytest.mark.full),
-        pytest.param(2, 4, {"parallel": "jit"}, id="2 x 4, jit", marks=pytest.mark.full),
-        pytest.param(4, 2, {"parallel": "fsdp"}, id="4 x 2, fsdp", marks=pytest.mark.full),
+        pytest.param(4, 2, {}, id="4 x 2", marks=pytest.mark.slow),
+        pytest.param(2, 4, {"parallel": "jit"}, id="2 x 4, jit", marks=pytest.mark.slow),
+        pytest.param(4, 2, {"parallel": "fsdp"}, id="4 x 2, fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_processes_and_devices_change_nothing_but_rounding(
@@ -132,17 +132,17 @@ def test_processes_and_devices_change_nothing_but_rounding(
         assert words(run) == ""
 
 
-def test_a_run_goes_on_in_other_processes_and_by_other_engines(start, alone, tmp_path, full):
+def test_a_run_goes_on_in_other_processes_and_by_other_engines(start, alone, tmp_path, thorough):
     # The step after which the signal comes; several processes stop stopping.LAG steps later.
     stages = [(1, 8, 2, "pmap"), (2, 2, 12, "fsdp"), (2, 1, 15, "jit"), (1, 2, 20, "pmap")]
-    if full:
+    if thorough:
         stages[1:1] = [(4, 1, 3, "jit"), (1, 4, 6, "fsdp"), (4, 2, 7, "pmap"), (1, 1, 10, "jit")]
     for count, devices, step, engine in stages:
         if count == 1 and step == 20:  # as a kill leaves it
             (tmp_path / "run" / processes.FOLDER).mkdir()
             (tmp_path / "run" / processes.FOLDER / "1.json").write_text("{}")
-        hook = ["stop_after", step] if step < 20 else None
-        runs = start(tmp_path / "run", count, devices, hook=hook, parallel=engine)
+        fault = ["stop_after", step] if step < 20 else None
+        runs = start(tmp_path / "run", count, devices, fault=fault, parallel=engine)
         codes = wait_for_all(runs)
         assert codes == [143 if step < 20 else 0] * count, runs[0].text()
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
@@ -150,7 +150,7 @@ def test_a_run_goes_on_in_other_processes_and_by_other_engines(start, alone, tmp
     assert not (tmp_path / "run" / processes.FOLDER).exists()
 
 
-@pytest.mark.parametrize("engine", ["pmap", pytest.param("fsdp", marks=pytest.mark.full)])
+@pytest.mark.parametrize("engine", ["pmap", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_memory_is_planned_by_several_processes(start, tmp_path, engine):
     """Which pmap cannot do from shapes: it takes arrays of each process then."""
     said = {}
@@ -179,8 +179,8 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(start, tmp_path):
 # ---------------------------------------------------------------- stops and faults
 
 
-def test_a_signal_to_one_of_two_stops_both_at_the_same_step(start, tmp_path, full):
-    n_stops = 25 if full else 2
+def test_a_signal_to_one_of_two_stops_both_at_the_same_step(start, tmp_path, thorough):
+    n_stops = 25 if thorough else 2
     length = {"max_steps": 30 * n_stops, "save_every": 25, "eval_every": 40}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     runs = start(unbroken, 2, 1, **length)
@@ -189,7 +189,7 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(start, tmp_path, ful
     rng = random.Random(n_stops)
     for n in range(n_stops):
         number = (signal.SIGTERM, signal.SIGINT)[n % 2]
-        runs = start(broken, 2, 1, hook=["slow_down", 0.05], **length)
+        runs = start(broken, 2, 1, fault=["slow_down", 0.05], **length)
         # Sometimes when the first has asked for the step, which the other may still compile.
         steps, patience = (steps_of, 2 * PATIENCE) if n % 5 == 0 else (logged_steps, PATIENCE)
         began, seen = time.monotonic(), len(steps(broken))
@@ -230,17 +230,17 @@ def unbroken(start, tmp_path_factory):
     [
         (0, signal.SIGKILL),
         (1, signal.SIGSTOP),
-        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.full),
-        pytest.param(1, signal.SIGKILL, marks=pytest.mark.full),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
 def test_who_loses_another_process_ends_and_the_run_goes_on_afterwards(
-    start, unbroken, tmp_path, number, victim, full
+    start, unbroken, tmp_path, number, victim, thorough
 ):
     broken = tmp_path / "broken"
-    for n in range(5 if full else 1):
-        patience = 30 if full else 4
-        runs = start(broken, 2, 1, hook=["lose_patience", patience, 0.1], **SIXTY)
+    for n in range(5 if thorough else 1):
+        patience = 30 if thorough else 4
+        runs = start(broken, 2, 1, fault=["lose_patience", patience, 0.1], **SIXTY)
         began, wanted = time.monotonic(), 5 + max(steps_of(broken), default=0)
         while max(steps_of(broken), default=0) < wanted + n and time.monotonic() < began + 60:
             time.sleep(0.02)
@@ -263,35 +263,35 @@ def test_who_loses_another_process_ends_and_the_run_goes_on_afterwards(
 
 
 def test_a_process_that_hangs_is_named(start, tmp_path):
-    runs = start(tmp_path / "run", 2, 1, hook=["hang_alone", 5, 1, 60], step_timeout=6)
+    runs = start(tmp_path / "run", 2, 1, fault=["hang_alone", 5, 1, 60], step_timeout=6)
     assert runs[0].wait(60) == 6, runs[0].text()
     assert runs[1].wait(60) == 6
     said = (
         r"no step was finished for \d+ s: process 0 is at step \d, in (.*); process 1 is at step"
     )
-    found = re.search(said + r" \d, in hooks.py:\d+\n", runs[0].text())
+    found = re.search(said + r" \d, in fault_injection.py:\d+\n", runs[0].text())
     assert found, runs[0].text()
-    assert "hooks.py" not in found[1]
+    assert "fault_injection.py" not in found[1]
 
 
-def test_a_single_process_that_hangs_ends_too(nursery, text, tmp_path):
+def test_a_single_process_that_hangs_ends_too(fork_server, text, tmp_path):
     settings = SETTINGS | {"train_file": text, "output_dir": tmp_path / "run", "max_steps": 90}
-    run = nursery.start(as_argv(settings | {"step_timeout": 3}), hook=["hang_in_step", 12])
+    run = fork_server.start(as_argv(settings | {"step_timeout": 3}), fault=["hang_in_step", 12])
     assert run.wait(60) == 6
     assert re.search(r"error: no step was finished for \d s: process 0 is at", run.text())
 
 
 def test_the_others_of_a_process_with_a_bug_say_whose_it_is(start, tmp_path):
-    runs = start(tmp_path / "run", 2, 1, hook=["fail_alone", 5, 1])
+    runs = start(tmp_path / "run", 2, 1, fault=["fail_alone", 5, 1])
     assert wait_for_all(runs) == [6, 1], [run.text() for run in runs]
-    assert runs[1].text().count("RuntimeError: a hook failed in one process") == 1
+    assert runs[1].text().count("RuntimeError: an injected fault in one process") == 1
     assert "error: process 1 on " in runs[0].text()
-    assert "ended: a hook failed in one process" in runs[0].text()
+    assert "ended: an injected fault in one process" in runs[0].text()
 
 
 def test_a_full_disk_ends_all(start, tmp_path):
     """The first process writes; the error is its own."""
-    runs = start(tmp_path / "run", 2, 1, hook=["fail_in_save", 10])
+    runs = start(tmp_path / "run", 2, 1, fault=["fail_in_save", 10])
     codes = wait_for_all(runs)
     assert codes[0] == 4, runs[0].text()
     assert codes[1] != 0
@@ -329,7 +329,7 @@ def test_what_processes_cannot_do_together_is_refused_by_one_of_them(
     assert not (tmp_path / "run").exists()
 
 
-def test_another_text_under_the_same_name_is_refused(start, text, nursery, tmp_path):
+def test_another_text_under_the_same_name_is_refused(start, text, fork_server, tmp_path):
     """As on machines whose disks are their own."""
     runs = []
     address = f"127.0.0.1:{free_port()}"
@@ -341,12 +341,12 @@ def test_another_text_under_the_same_name_is_refused(start, text, nursery, tmp_p
             "train_file": "text.txt", "output_dir": tmp_path / "run", "max_steps": 5,
             "num_processes": 2, "process_id": number, "coordinator_address": address,
         }  # fmt: skip
-        runs.append(nursery.start(as_argv(settings), cwd=str(home)))
+        runs.append(fork_server.start(as_argv(settings), cwd=str(home)))
     assert wait_for_all(runs) == [2, 2], [run.text() for run in runs]
     assert "process 1 differs from process 0 in its held-out text" in words(runs[0])
 
 
-def test_a_directory_that_is_not_shared_is_refused(text, nursery, tmp_path):
+def test_a_directory_that_is_not_shared_is_refused(text, fork_server, tmp_path):
     runs = []
     address = f"127.0.0.1:{free_port()}"
     for number in range(2):
@@ -356,13 +356,13 @@ def test_a_directory_that_is_not_shared_is_refused(text, nursery, tmp_path):
             "train_file": text, "output_dir": "run", "max_steps": 5,
             "num_processes": 2, "process_id": number, "coordinator_address": address,
         }  # fmt: skip
-        runs.append(nursery.start(as_argv(settings), cwd=str(home)))
+        runs.append(fork_server.start(as_argv(settings), cwd=str(home)))
     assert wait_for_all(runs) == [2, 2], [run.text() for run in runs]
     assert "does not see what process 0 wrote into run" in words(runs[1])
     assert "error: " not in words(runs[0])
 
 
-def test_processes_with_other_numbers_of_devices_are_refused(nursery, text, tmp_path):
+def test_processes_with_other_numbers_of_devices_are_refused(fork_server, text, tmp_path):
     """Also where the others have nobody left to ask by the time they know."""
     runs = []
     address = f"127.0.0.1:{free_port()}"
@@ -371,21 +371,21 @@ def test_processes_with_other_numbers_of_devices_are_refused(nursery, text, tmp_
             "train_file": text, "output_dir": tmp_path / "run", "max_steps": 5,
             "num_processes": 2, "process_id": number, "coordinator_address": address,
         }  # fmt: skip
-        hook = ["linger", 3 * number]
-        runs.append(nursery.start(as_argv(settings), devices=1 + number, hook=hook))
+        fault = ["linger", 3 * number]
+        runs.append(fork_server.start(as_argv(settings), devices=1 + number, fault=fault))
     assert wait_for_all(runs) == [2, 2], [run.text() for run in runs]
     said = "".join(map(words, runs))
     assert said.count("the processes have 1, 2 devices") == 1
 
 
-def test_a_coordinator_out_of_reach_is_named_within_30_seconds(nursery, text, tmp_path):
+def test_a_coordinator_out_of_reach_is_named_within_30_seconds(fork_server, text, tmp_path):
     port = free_port()
     settings = SETTINGS | {
         "train_file": text, "output_dir": tmp_path / "run", "num_processes": 2, "process_id": 1,
         "coordinator_address": f"127.0.0.1:{port}",
     }  # fmt: skip
     began = time.monotonic()
-    run = nursery.start(as_argv(settings))
+    run = fork_server.start(as_argv(settings))
     assert run.wait(30) == 2
     assert time.monotonic() - began < 30
     assert f"the coordinator at 127.0.0.1:{port} does not answer (Connection refused)" in words(
@@ -470,7 +470,7 @@ def test_a_coordinator_of_nobody_is_refused(monkeypatch):
         processes.wanted(TrainConfig(coordinator_address="a:1"))
 
 
-def test_slurm_s_own_variables_are_enough(nursery, text, tmp_path):
+def test_slurm_s_own_variables_are_enough(fork_server, text, tmp_path):
     """As `srun` sets them for two tasks on one machine."""
     port = free_port()
     runs = []
@@ -482,7 +482,7 @@ def test_slurm_s_own_variables_are_enough(nursery, text, tmp_path):
             "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_PROCID": str(number),
             "SLURM_LOCALID": str(number), "JAX_COORDINATOR_PORT": str(port),
         }  # fmt: skip
-        runs.append(nursery.start(as_argv(settings), hook=["set_variables", variables]))
+        runs.append(fork_server.start(as_argv(settings), fault=["set_variables", variables]))
     assert wait_for_all(runs) == [0, 0], [run.text() for run in runs]
     assert "step: 2 rows" in words(runs[0])
     assert words(runs[1]) == ""

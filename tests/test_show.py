@@ -10,7 +10,7 @@ from gpt2_flax.data import show, token_files
 from gpt2_flax.data.batches import StoredRows, StreamedRows
 from gpt2_flax.data.sources import Files, Piece, Text
 from gpt2_flax.data.tokenizers import make_tokenizer
-from tests.texts import write
+from tests.text_fixtures import write
 
 T = 5
 TOKENIZER = make_tokenizer("bytes", ())

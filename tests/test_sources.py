@@ -32,7 +32,7 @@ from gpt2_flax.data.sources import (
     python_sources,
 )
 from gpt2_flax.data.tokenizers import EOS, make_tokenizer
-from tests.texts import PACKINGS, check_restarts, documents, joined, refused, write
+from tests.text_fixtures import PACKINGS, check_restarts, documents, joined, refused, write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"

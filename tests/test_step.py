@@ -157,7 +157,7 @@ def test_accumulated_micro_batches_are_one_batch(tiny_config, parts):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["adafactor", pytest.param("muon", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["adafactor", pytest.param("muon", marks=pytest.mark.slow)])
 def test_other_optimizers_accumulate_and_shard_alike(tiny_config, monkeypatch, name):
     """One device, and eight with two micro-batches under each engine.
 

@@ -21,7 +21,7 @@ from gpt2_flax.data.sources import Files, Text
 from gpt2_flax.data.token_files import Ids, encode, id_files, split_ids, token_file
 from gpt2_flax.data.tokenizers import make_tokenizer
 from gpt2_flax.errors import StorageError, UserError
-from tests.texts import Documents, Numbers
+from tests.text_fixtures import Documents, Numbers
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCUMENTS = [1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]
@@ -260,7 +260,7 @@ def source_piece(text):
 WRITER = """
 import sys, time; sys.path.insert(0, sys.argv[1])
 import pathlib
-from tests.texts import Documents, Numbers
+from tests.text_fixtures import Documents, Numbers
 from gpt2_flax.data.token_files import token_file
 tokenizer = Numbers()
 plain = tokenizer.encode_batch

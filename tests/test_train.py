@@ -520,7 +520,7 @@ def test_a_length_in_time_is_measured_once_and_resumed_bitwise(run, tmp_path, mo
     assert metrics.read_log(tmp_path / "parts" / "metrics.jsonl")[-1]["step"] == 15
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_length_that_becomes_a_time_is_measured_once_too(run, tmp_path, monkeypatch):
     monkeypatch.setattr("gpt2_flax.plan.measure_step", lambda *run: 59.0)
     assert run(tmp_path, "--max_steps", "2") == 0
@@ -583,7 +583,7 @@ def test_batch_size_auto_is_the_largest_that_fits(run, tmp_path, monkeypatch, ca
         run(tmp_path / "none", *flags)
 
 
-@pytest.mark.parametrize("engine", ["pmap", pytest.param("jit", marks=pytest.mark.full)])
+@pytest.mark.parametrize("engine", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
 def test_batch_size_auto_counts_the_bytes_of_one_device(run, tmp_path, monkeypatch, engine):
     """Under jit the compiler's plan is of one device, too, if it is told where a batch lies."""
     planned = []

@@ -230,9 +230,9 @@ def assert_same(got, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damage_is_found_or_harmless(kind, sound, others, tmp_path, full, capsys):
+def test_damage_is_found_or_harmless(kind, sound, others, tmp_path, thorough, capsys):
     harmless = 0
-    for seed in range(10 if full else 2):
+    for seed in range(10 if thorough else 2):
         run = tmp_path / str(seed)
         shutil.copytree(sound, run)
         KINDS[kind](run / "checkpoints" / NEWEST, random.Random(f"{kind} {seed}"), others)

@@ -11,7 +11,7 @@ from gpt2_flax import checkpoint, metrics
 from tests.faults.runs import SETTINGS, as_argv, steps_of
 
 COUNTS = (1, 2, 4, 8)
-PAIRS = [(1, 1), (8, 1), (4, 2)]  # before and after; with --full all sixteen
+PAIRS = [(1, 1), (8, 1), (4, 2)]  # before and after; with --thorough all sixteen
 
 
 def on_devices(count):
@@ -45,22 +45,22 @@ def test_a_state_is_bitwise_the_same_on_any_number_of_devices(tmp_path, saved_on
 
 
 @pytest.fixture(scope="module")
-def start(nursery, text):
-    def start(output_dir, devices, n_rows, hook=None):
+def start(fork_server, text):
+    def start(output_dir, devices, n_rows, fault=None):
         settings = SETTINGS | {
             "train_file": text, "output_dir": output_dir, "max_steps": 26, "dropout": 0.1,
             "batch_size": n_rows, "log_every": 1, "eval_every": 0, "save_every": 0,
         }  # fmt: skip
-        return nursery.start(as_argv(settings), devices, hook=hook)
+        return fork_server.start(as_argv(settings), devices, fault=fault)
 
     return start
 
 
 @pytest.fixture(scope="module")
-def begun(start, tmp_path_factory, full):
+def begun(start, tmp_path_factory, thorough):
     """Runs that were stopped after 6 of 26 steps of 8 rows, by the number of their devices."""
     folder = tmp_path_factory.mktemp("begun")
-    for devices in COUNTS if full else sorted({before for before, _ in PAIRS}):
+    for devices in COUNTS if thorough else sorted({before for before, _ in PAIRS}):
         run = start(folder / str(devices), devices, 8 // devices, ["stop_after", 6])
         assert run.wait() == 143, run.text()
     return folder
@@ -70,11 +70,11 @@ def losses(output_dir):
     return [row["train_loss"] for row in metrics.read_log(output_dir / "metrics.jsonl")]
 
 
-def test_a_run_goes_on_with_any_number_of_devices(start, begun, tmp_path, full):
+def test_a_run_goes_on_with_any_number_of_devices(start, begun, tmp_path, thorough):
     """It keeps the rows of its steps, their order, and what it learns from them."""
     import shutil
 
-    pairs = [(a, b) for a in COUNTS for b in COUNTS] if full else PAIRS
+    pairs = [(a, b) for a in COUNTS for b in COUNTS] if thorough else PAIRS
     expected, rows = None, None
     for before, after in pairs:
         output_dir = tmp_path / f"{before} {after}"

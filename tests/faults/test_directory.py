@@ -38,21 +38,21 @@ def tree(folder: pathlib.Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(nursery, text, tmp_path_factory):
+def finished(fork_server, text, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("finished") / "run"
     settings = RUN | {"train_file": text, "output_dir": output_dir}
-    run = nursery.start(as_argv(settings))
+    run = fork_server.start(as_argv(settings))
     assert run.wait() == 0, run.text()
     return settings
 
 
-def test_a_second_trainer_is_told_who_is_there(nursery, text, tmp_path):
+def test_a_second_trainer_is_told_who_is_there(fork_server, text, tmp_path):
     settings = RUN | {"train_file": text, "output_dir": tmp_path / "run"}
-    first = nursery.start(as_argv(settings), hook=["hang_in_step", 12])
+    first = fork_server.start(as_argv(settings), fault=["hang_in_step", 12])
     wait_until_saved(first, tmp_path / "run", 10)
     before = tree(tmp_path / "run")
     began = time.monotonic()
-    second = nursery.start(as_argv(settings))
+    second = fork_server.start(as_argv(settings))
     assert second.wait() == 2
     assert time.monotonic() - began < SECONDS
     owner = f"is in use by process {first.pid} on {os.uname().nodename}\n"
@@ -61,7 +61,7 @@ def test_a_second_trainer_is_told_who_is_there(nursery, text, tmp_path):
     # A lock that a kill left behind is nobody's.
     first.kill(signal.SIGKILL)
     first.wait()
-    third = nursery.start(as_argv(settings))
+    third = fork_server.start(as_argv(settings))
     assert third.wait() == 0, third.text()
     assert "continuing after step 10" in third.text()
 

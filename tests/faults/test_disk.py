@@ -56,8 +56,8 @@ def tree(folder: pathlib.Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def start(nursery, text, disk):
-    def start(n_steps=N_STEPS, hook=None, **more):
+def start(fork_server, text, disk):
+    def start(n_steps=N_STEPS, fault=None, **more):
         settings = (
             SETTINGS
             | WIDE
@@ -68,7 +68,7 @@ def start(nursery, text, disk):
                 "cache_dir": disk.parent / "cache",
             }
         )
-        return nursery.start(as_argv(settings | more), hook=hook)
+        return fork_server.start(as_argv(settings | more), fault=fault)
 
     return start
 
@@ -77,7 +77,7 @@ def start(nursery, text, disk):
 def held(start, disk, step: int, saved: int | None):
     """A run that is held after a step, with another one saved."""
     path = disk.parent / "held"
-    run = start(hook=["hold", step, str(path)])
+    run = start(fault=["hold", step, str(path)])
     wait_until(run, lambda: path.exists() and (not saved or is_saved(disk / "run", saved)))
     yield run
     path.unlink()
@@ -103,7 +103,7 @@ def assert_refused(run, disk, before, words):
         assert is_saved(disk / "run", step)
 
 
-@pytest.mark.parametrize("at", [10, pytest.param(20, marks=pytest.mark.full), 40])
+@pytest.mark.parametrize("at", [10, pytest.param(20, marks=pytest.mark.slow), 40])
 def test_a_full_disk_at_the_first_a_middle_and_the_last_save(start, disk, at):
     with held(start, disk, at - 2, saved=at - 10) as run:
         before = tree(disk / "run" / "checkpoints") if at > 10 else {}

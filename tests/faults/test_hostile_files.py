@@ -24,10 +24,10 @@ import pytest
 from gpt2_flax import FlaxGPT2LMHeadModel, manifest
 from gpt2_flax.data import tokenizers
 from tests.conftest import make_config
-from tests.nursery import Nursery
+from tests.fork_server import ForkServer
 
 GIB = 2**30
-MODELS = "tests.faults.doors"  # the script that opens a model as a user does from Python
+MODELS = "tests.faults.open_models"  # the script that opens a model as a user does from Python
 MEMORY = 2 * GIB  # that a process may map beyond what its imports have
 SECONDS = 30  # that it may take; on an idle machine none takes more than a few
 SIZES = {"n_positions": 24, "vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
@@ -837,7 +837,7 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def nursery(world):
+def fork_server(world):
     modules = ("scripts.convert", "scripts.generate", "scripts.evaluate", MODELS,
                "gpt2_flax.convert", "gpt2_flax.evaluate", "gpt2_flax.zero_shot", "pyarrow.parquet",
                "gpt2_flax.data.detokenize", "datasets")  # fmt: skip
@@ -845,17 +845,17 @@ def nursery(world):
         "HOME": str(world.home), "TMPDIR": str(world.folder / "tmp"), "HF_HUB_OFFLINE": "1",
         "MPLCONFIGDIR": str(world.folder / "matplotlib"),
     }  # fmt: skip
-    with Nursery(world.folder, modules, **variables) as nursery:
+    with ForkServer(world.folder, modules, **variables) as fork_server:
         world.run.parent.mkdir()
-        run = nursery.start(train_on(world.run.parent)[1], cwd=str(world.home))
+        run = fork_server.start(train_on(world.run.parent)[1], cwd=str(world.home))
         assert run.wait() == 0, run.text()
-        yield nursery
+        yield fork_server
 
 
-def do_nothing(world, nursery, folder, script, argv, seconds):
+def do_nothing(world, fork_server, folder, script, argv, seconds):
     """(exit code, output) of a process that is seen to run nothing and to write nowhere else."""
     before = world.tree(folder / "out")
-    run = nursery.start(argv, script=script, cwd=str(world.home), memory=MEMORY)
+    run = fork_server.start(argv, script=script, cwd=str(world.home), memory=MEMORY)
     code = run.wait(seconds)
     executed = world.canary.exists()
     world.canary.unlink(missing_ok=True)
@@ -865,8 +865,8 @@ def do_nothing(world, nursery, folder, script, argv, seconds):
 
 
 @pytest.fixture(scope="module")
-def of_models(world, nursery):
-    """What came of the artefacts that are opened as models: name -> line of tests.faults.doors.
+def of_models(world, fork_server):
+    """What became of each artefact opened as a model: name -> line of open_models.
 
     One process opens all of them, as a new one for each would take most of the time.
     """
@@ -881,7 +881,7 @@ def of_models(world, nursery):
             names.append(name)
         else:
             shutil.rmtree(place)
-    code, text = do_nothing(world, nursery, folder, MODELS, argv, 4 * SECONDS)
+    code, text = do_nothing(world, fork_server, folder, MODELS, argv, 4 * SECONDS)
     shutil.rmtree(folder)
     lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"code"')]
     assert (code, len(lines)) == (0, len(names)), f"{names[len(lines) :][:1]}: {text[-2000:]}"
@@ -889,7 +889,7 @@ def of_models(world, nursery):
 
 
 @pytest.mark.parametrize("name", ARTEFACTS)
-def test_a_hostile_file_does_nothing(name, world, nursery, of_models):
+def test_a_hostile_file_does_nothing(name, world, fork_server, of_models):
     make, code, match = ARTEFACTS[name]
     if name in of_models:
         got, text = of_models[name]["code"], of_models[name]["text"]
@@ -898,7 +898,7 @@ def test_a_hostile_file_does_nothing(name, world, nursery, of_models):
         folder = world.home / "artefact"
         folder.mkdir()
         try:
-            got, text = do_nothing(world, nursery, folder, *make(folder, world), SECONDS)
+            got, text = do_nothing(world, fork_server, folder, *make(folder, world), SECONDS)
         finally:
             shutil.rmtree(folder)
     assert got == code, text

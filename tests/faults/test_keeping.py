@@ -54,9 +54,9 @@ def test_a_thousand_sequences(keep):
                 step = max(there, default=0)
 
 
-def test_real_checkpoints_are_kept_so(tmp_path, full):
+def test_real_checkpoints_are_kept_so(tmp_path, thorough):
     rng = random.Random(0)
-    for n in range(20 if full else 2):
+    for n in range(20 if thorough else 2):
         there = {}
         store = checkpoint.Checkpoints(tmp_path / str(n), 2)
         for step in range(1, 13):

@@ -14,7 +14,7 @@ from gpt2_flax import manifest
 from tests.faults.runs import SETTINGS, as_argv, learned, logged_steps, saved_steps, steps_of
 
 SAVE_EVERY = SETTINGS["save_every"]
-# How often a kill comes where; (in the normal run, with --full).
+# How often a kill comes where; (in the normal run, with --thorough).
 PLACES = {
     "before the first save": (1, 2),
     "inside a save": (3, 25),
@@ -34,15 +34,15 @@ def in_checkpoints(output_dir, pattern):
     return lambda: any((output_dir / "checkpoints").glob(pattern))
 
 
-def test_any_kill_is_survived_bitwise(nursery, text, tmp_path, full):
+def test_any_kill_is_survived_bitwise(fork_server, text, tmp_path, thorough):
     def start(output_dir, n_steps):
-        return nursery.start(
+        return fork_server.start(
             as_argv(SETTINGS | {"train_file": text, "output_dir": output_dir,
                                 "max_steps": n_steps}),
-            hook=["slow_down", 0.02],
+            fault=["slow_down", 0.02],
         )  # fmt: skip
 
-    kills = [place for place, counts in PLACES.items() for _ in range(counts[full])]
+    kills = [place for place, counts in PLACES.items() for _ in range(counts[thorough])]
     n_steps = 40 * len(kills)
     rng = random.Random(len(kills))
     early = [place for place in kills if place == "before the first save"]

@@ -121,12 +121,12 @@ def check(content: bytes, entries: dict) -> None:
         assert leaf.tobytes() in (said.tobytes(), said.T.tobytes())
 
 
-def test_altered_headers_are_read_as_they_say_or_refused(tmp_path, full):
+def test_altered_headers_are_read_as_they_say_or_refused(tmp_path, thorough):
     rng = random.Random(20)
     path = tmp_path / "model.safetensors"
     n_read = n_refused = 0
     slowest = 0.0
-    for number in range(N_FILES_IN_FULL if full else N_FILES):
+    for number in range(N_FILES_IN_FULL if thorough else N_FILES):
         content = mutate(rng)
         path.write_bytes(content)
         began = time.perf_counter()

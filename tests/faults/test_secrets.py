@@ -12,7 +12,7 @@ import re
 import pytest
 
 from gpt2_flax.errors import redacted
-from tests.nursery import Nursery
+from tests.fork_server import ForkServer
 
 PASSWORD = "canary-of-a-url-4711"
 CANARIES = {
@@ -44,24 +44,26 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def nursery(folder):
+def fork_server(folder):
     variables = CANARIES | {
         "HF_ENDPOINT": ENDPOINT, "HF_HUB_OFFLINE": "0", "HOME": str(folder),
         "WANDB_MODE": "offline", "WANDB_SILENT": "true",
     }  # fmt: skip
-    with Nursery(folder, ("scripts.generate", "tests.faults.crash"), **variables) as nursery:
-        yield nursery
+    with ForkServer(
+        folder, ("scripts.generate", "tests.faults.crash"), **variables
+    ) as fork_server:
+        yield fork_server
 
 
 @pytest.fixture
-def start(nursery, folder):
+def start(fork_server, folder):
     """Run a script to its end; (exit code, output)."""
 
     def start(*argv, script="scripts.train", out="run", **settings):
         given = TINY | {"train_file": folder / "text.txt", "output_dir": folder / out} | settings
         given = {name: value for name, value in given.items() if value is not None}
         argv = [*map(str, argv)] if script == "scripts.generate" else [*argv_of(**given), *argv]
-        run = nursery.start(argv, script=script, cwd=str(folder))
+        run = fork_server.start(argv, script=script, cwd=str(folder))
         return run.wait(), run.text()
 
     return start

@@ -25,14 +25,14 @@ WORDS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 PATIENCE = 5  # seconds beside a step and a save, of which these are far below one
 
 
-def test_a_stop_at_any_instant_loses_no_step(nursery, text, tmp_path, full):
-    n_stops = 50 if full else 6
+def test_a_stop_at_any_instant_loses_no_step(fork_server, text, tmp_path, thorough):
+    n_stops = 50 if thorough else 6
     n_steps = 20 * n_stops
 
     def start(output_dir):
         settings = SETTINGS | {"train_file": text, "output_dir": output_dir,
                                "max_steps": n_steps, "dropout": 0.1}  # fmt: skip
-        return nursery.start(as_argv(settings), hook=["slow_down", 0.02])
+        return fork_server.start(as_argv(settings), fault=["slow_down", 0.02])
 
     rng = random.Random(n_stops)
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
@@ -83,11 +83,11 @@ def test_a_stop_at_any_instant_loses_no_step(nursery, text, tmp_path, full):
 
 
 @pytest.mark.parametrize(("most", "long_step"), [(2, 9), (1, 0.5)], ids=["two", "one long one"])
-def test_a_stop_waits_for_few_steps(nursery, text, tmp_path, most, long_step):
+def test_a_stop_waits_for_few_steps(fork_server, text, tmp_path, most, long_step):
     """The host could hand out as many as 32 ahead of the device."""
     settings = SETTINGS | {"train_file": text, "output_dir": tmp_path / "run", "max_steps": 60,
                            "log_every": 100, "eval_every": 0}  # fmt: skip
-    run = nursery.start(as_argv(settings), hook=["slow_device", 1.0, long_step])
+    run = fork_server.start(as_argv(settings), fault=["slow_device", 1.0, long_step])
     began = time.monotonic()
     while len(steps_of(tmp_path / "run")) < 3 and time.monotonic() < began + 60:
         assert run.poll() is None, run.text()
@@ -101,10 +101,10 @@ def test_a_stop_waits_for_few_steps(nursery, text, tmp_path, most, long_step):
 
 
 @pytest.mark.parametrize("where", ["while training", "while compiling"])
-def test_a_second_ctrl_c_ends_at_once(nursery, text, tmp_path, where):
+def test_a_second_ctrl_c_ends_at_once(fork_server, text, tmp_path, where):
     settings = SETTINGS | {"train_file": text, "output_dir": tmp_path / "run", "max_steps": 90}
-    hook = ["hang_in_step", 12] if where == "while training" else ["hang_in_compilation"]
-    run = nursery.start(as_argv(settings), hook=hook)
+    fault = ["hang_in_step", 12] if where == "while training" else ["hang_in_compilation"]
+    run = fork_server.start(as_argv(settings), fault=fault)
     began = time.monotonic()
     while "hanging" not in run.text() and time.monotonic() < began + 60:
         time.sleep(0.02)

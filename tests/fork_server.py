@@ -1,8 +1,8 @@
 """Runs of our scripts that start at once: a process that has imported everything forks them.
 
 A run is a process of its own, with its own devices; it can be killed like any other. Used as
-    with Nursery(folder) as nursery:
-        run = nursery.start(["--max_steps", "3", ...], devices=2)
+    with ForkServer(folder) as fork_server:
+        run = fork_server.start(["--max_steps", "3", ...], devices=2)
         run.kill(); run.wait()
 """
 
@@ -19,7 +19,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-class Nursery:
+class ForkServer:
     def __init__(self, folder: pathlib.Path, preload: tuple[str, ...] = (), **variables: str):
         """folder: where the runs' output goes, and compiled programs unless all share them.
 
@@ -30,7 +30,7 @@ class Nursery:
             "PYTHONPATH": str(ROOT),
             "JAX_ENABLE_COMPILATION_CACHE": "1",
             "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-                "COMPILED_BY_NURSERIES", str(folder / "compiled")
+                "COMPILED_BY_TESTS", str(folder / "compiled")
             ),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -38,7 +38,7 @@ class Nursery:
             "PYTHONWARNINGS": "ignore",  # of a fork beside threads: those are not in the child
             **variables,
         }
-        command = [sys.executable, "-m", "tests.nursery", *preload]
+        command = [sys.executable, "-m", "tests.fork_server", *preload]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env=environment,
@@ -51,16 +51,16 @@ class Nursery:
         script: str = "scripts.train",
         cwd: str | None = None,
         memory: int | None = None,
-        hook: list | None = None,
+        fault: list | None = None,
     ) -> "Run":
         """script: the module whose `main` is run. memory: bytes that it may map from then on.
-        hook: name of a function of tests.faults.hooks and its arguments, called first.
+        fault: name of a function of tests.faults.fault_injection and its arguments, called first.
         """
         self.n_runs += 1
         output = self.folder / f"run {self.n_runs}.out"
         pid = self.ask(
             "start", argv=argv, devices=devices, output=str(output), script=script, cwd=cwd,
-            memory=memory, hook=hook,
+            memory=memory, fault=fault,
         )  # fmt: skip
         return Run(self, pid, output)
 
@@ -79,13 +79,13 @@ class Nursery:
 
 
 class Run:
-    def __init__(self, nursery: Nursery, pid: int, output: pathlib.Path):
-        self.nursery, self.pid, self.output, self.code = nursery, pid, output, None
+    def __init__(self, fork_server: ForkServer, pid: int, output: pathlib.Path):
+        self.fork_server, self.pid, self.output, self.code = fork_server, pid, output, None
 
     def poll(self) -> int | None:
         """The exit code as the shell gives it, negative for a signal; None while it runs."""
         if self.code is None:
-            self.code = self.nursery.ask("poll", pid=self.pid)
+            self.code = self.fork_server.ask("poll", pid=self.pid)
         return self.code
 
     def wait(self, seconds: float = 120) -> int:
@@ -99,14 +99,14 @@ class Run:
         os.kill(self.pid, number)
 
     def text(self) -> str:
-        """What it has written: "begun" once it runs, and then what the script does."""
+        """What it has written: "begun" once it runs, then what the script prints."""
         if not self.output.exists():
             return ""
         return self.output.read_text("utf-8", errors="replace")
 
 
 def serve() -> None:
-    """In the nursery: import what a run needs, then fork one at each request."""
+    """In the server: import what a run needs, then fork one at each request."""
     needed = ("matplotlib.figure", "orbax.checkpoint", "gpt2_flax.train", "scripts.train")
     for name in (*needed, *sys.argv[1:]):
         importlib.import_module(name)
@@ -133,7 +133,7 @@ def serve() -> None:
 def live(request: dict) -> None:
     """In the child: be the run."""
     from gpt2_flax.errors import run_main
-    from tests.faults import hooks
+    from tests.faults import fault_injection
 
     main = importlib.import_module(request["script"]).main
     devices = f"--xla_force_host_platform_device_count={request['devices']}"
@@ -151,9 +151,9 @@ def live(request: dict) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     code = 1
     try:
-        if request["hook"]:
-            name, *arguments = request["hook"]
-            getattr(hooks, name)(*arguments)
+        if request["fault"]:
+            name, *arguments = request["fault"]
+            getattr(fault_injection, name)(*arguments)
         print("begun", flush=True)
         code = run_main(main, request["argv"])
     except BaseException:

@@ -1,4 +1,4 @@
-"""What a user does with models from Python, as a script: `tests.nursery` runs it.
+"""What a user does with models from Python, as a script: `tests.fork_server` runs it.
 
 Opens one after the other, and says of each, in a line of JSON, what a script would have said.
 """

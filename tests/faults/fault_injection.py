@@ -1,4 +1,4 @@
-"""What goes wrong in a run: done inside its process, before it begins, by tests.nursery."""
+"""What goes wrong in a run: done inside its process, before it begins, by tests.fork_server."""
 
 import errno
 import os
@@ -53,7 +53,7 @@ def fail_alone(step: int, process: int) -> None:
 
     def also(self, n, values):
         if n == step and jax.process_index() == process:
-            raise RuntimeError("a hook failed in one process")
+            raise RuntimeError("an injected fault in one process")
 
     follow(metrics.Meter, "add", also)
 
@@ -115,7 +115,7 @@ def fail_in_step(step: int) -> None:
 
     def also(self, n, values):
         if n == step:
-            raise RuntimeError("a hook failed in the step")
+            raise RuntimeError("an injected fault in the step")
 
     follow(metrics.Meter, "add", also)
 
@@ -208,7 +208,7 @@ def flipped(x, device: int):
 
 
 def fail(*arguments):
-    raise RuntimeError("a hook failed")
+    raise RuntimeError("an injected fault")
 
 
 def follow(owner, name, also) -> None:

@@ -265,7 +265,7 @@ def instructions(compiled) -> list[str]:
     return re.sub(r"%[\w.-]+", lambda found: numbers[found[0]], "\n".join(lines)).splitlines()
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_on_one_device_pmap_and_jit_run_the_same_program(tiny_config, monkeypatch, dtype):
     monkeypatch.setattr(devices, "_imagined", jax.devices()[:1])
     programs = []
