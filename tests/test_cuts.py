@@ -44,7 +44,7 @@ anything = st.integers(0, 0x10FFFF - 0x800).map(lambda n: chr(n if n < 0xD800 el
 texts = st.lists(
     st.one_of(*map(st.sampled_from, (SPACES, CONTRACTIONS, OTHERS)), anything), max_size=40
 ).map("".join)
-thorough = settings(max_examples=300, derandomize=True, deadline=None, database=None)
+many_examples = settings(max_examples=300, derandomize=True, deadline=None, database=None)
 
 
 def fuzz(seed: int, n: int = 2000) -> str:
@@ -147,7 +147,7 @@ def ids_of(tokenizer, texts: list[str]) -> list[int]:
 # ---------------------------------------------------------------- any text, any tokenizer
 
 
-@thorough
+@many_examples
 @given(text=texts, n_chars=st.integers(1, 16))
 @example(text="''s-'s'ss'rest're 're're", n_chars=1)
 @example(text="x\u180e y\x1c z\u200b \x85 a\u2028 b\u0378 c", n_chars=1)
@@ -164,7 +164,7 @@ def test_ids_of_the_pieces_are_the_ids_of_the_whole(tokenizer, text, n_chars):
     assert ids_of(tokenizer, pieces) == ids_of(tokenizer, [text])
 
 
-@thorough
+@many_examples
 @given(text=texts, n_chars=st.integers(1, 8), longest=st.integers(8, 30), block=st.integers(1, 20))
 def test_text_that_comes_bit_by_bit_is_cut_at_the_same_places(bpe, text, n_chars, longest, block):
     with pieces_of(n_chars, longest):

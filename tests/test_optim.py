@@ -251,7 +251,7 @@ def test_the_gradient_is_clipped_to_its_global_norm(clip, factor):
 
 
 def test_decay_is_not_clipped():
-    params = {"w": jnp.thorough((1, 1), 100.0)}
+    params = {"w": jnp.full((1, 1), 100.0)}
     optimizer = make_optimizer("sgd", rate=1.0, weight_decay=0.5, grad_clip=1.0)
     still = {"w": jnp.zeros((1, 1))}
     updates, _ = optimizer.update(still, optimizer.init(params), params, step=0)

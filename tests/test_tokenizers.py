@@ -29,7 +29,7 @@ from gpt2_flax.data.tokenizers import (
     train_bpe,
 )
 from gpt2_flax.errors import UserError
-from tests.test_cuts import BYTE_LEVEL, OTHER, SHARED_GPT2, fuzz, like_bert, texts, thorough
+from tests.test_cuts import BYTE_LEVEL, OTHER, SHARED_GPT2, fuzz, like_bert, many_examples, texts
 
 TEXTS = [
     "Hello world, hello  words!\n\n\tIt's 1999 and we'll go .",
@@ -111,7 +111,7 @@ def check_ids(encoder: Encoder, batch: list[str]):
         assert found.tolist() == encoding.ids
 
 
-@thorough
+@many_examples
 @given(batch=st.lists(texts, max_size=4), longest=st.integers(0, 9), most=st.integers(0, 5000))
 @example(
     batch=["x\u180e y\x1c z\u200b \x85 a\u2028 b\u0378 c", " \t", "a  \n"], longest=9, most=999
