@@ -1,5 +1,6 @@
 """Eight CPU devices, strict ranks, no network, two tiers, and the tiny things that tests share."""
 
+import functools
 import os
 import pathlib
 import sys
@@ -148,6 +149,36 @@ def programs_are_forgotten():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> pathlib.Path:
+    """The text that `train_tiny` and `finished_run` learn, the same file for all workers."""
+    from tests import tiny_runs  # only now is the project's folder on the path
+
+    with tiny_runs.made_once(tmp_path_factory, "tiny_text") as (folder, is_new):
+        if is_new:
+            tiny_runs.write_words(folder / "text.txt")
+    return folder / "text.txt"
+
+
+@pytest.fixture(scope="session")
+def train_tiny(tiny_text):
+    """`train_tiny(output_dir, *flags)` trains in this process and returns the exit code."""
+    from tests import tiny_runs
+
+    return functools.partial(tiny_runs.train_tiny, tiny_text)
+
+
+@pytest.fixture(scope="session")
+def finished_run(train_tiny, tmp_path_factory) -> pathlib.Path:
+    """A run that was never interrupted, made once. Copy it before you change anything in it."""
+    from tests import tiny_runs
+
+    with tiny_runs.made_once(tmp_path_factory, "finished") as (folder, is_new):
+        if is_new:
+            assert train_tiny(folder / "run") == 0
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

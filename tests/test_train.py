@@ -8,7 +8,6 @@ import signal
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
@@ -32,92 +31,20 @@ from gpt2_flax.data.batches import StoredRows
 from gpt2_flax.errors import CheckpointError, NumericsError, StorageError, UserError
 from gpt2_flax.run_directory import locked
 from gpt2_flax.train import train
-
-TINY = [
-    "--n_layers", "1", "--n_heads", "2", "--n_embd", "8", "--n_positions", "24",
-    "--block_size", "16", "--batch_size", "1", "--tokenizer", "bytes", "--sample_tokens", "0",
-    "--max_steps", "12", "--log_every", "3", "--eval_every", "6",
-    "--learning_rate", "1e-2", "--dropout", "0.1",
-]  # fmt: skip
+from tests.tiny_runs import TINY, assert_same_run, learned, stop_at
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A file of a few thousand words that a byte model can learn something from."""
-    rng = np.random.default_rng(0)
-    words = ["tea", "milk", "sugar", "lemon", "honey", "\n"]
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(rng.choice(words, 3000)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def run(text):
-    def start(output_dir, *flags):
-        files = [] if "--train_file" in flags else ["--train_file", str(text)]
-        return train(load_config([*TINY, *files, "--output_dir", str(output_dir), *flags]))
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def finished(run, tmp_path_factory):
-    """A run that was never interrupted. Copy it before changing anything in it."""
-    output_dir = tmp_path_factory.mktemp("finished") / "run"
-    assert run(output_dir) == 0
-    return output_dir
-
-
-def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """Send this process a signal right after a step of training."""
-    add = metrics.Meter.add
-
-    def add_and_stop(self, n, values):
-        add(self, n, values)
-        if n == step:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(metrics.Meter, "add", add_and_stop)
-
-
-def learned(output_dir):
-    """Everything a run has learned: state and cursor of its newest checkpoint."""
-    newest = checkpoint_files.locate(output_dir, None)
-    as_numpy = jax.tree.map(
-        lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray),
-        checkpoint_files.stored_shapes(newest),
-    )
-    with ocp.PyTreeCheckpointer() as reader:
-        state = reader.restore(newest / "state", restore_args=as_numpy)
-    return state, checkpoint_files.read_meta(newest)["cursor"]
-
-
-def assert_same_run(a, b):
-    (state_a, cursor_a), (state_b, cursor_b) = learned(a), learned(b)
-    assert cursor_a == cursor_b
-    assert jax.tree.structure(state_a) == jax.tree.structure(state_b)
-    for x, y in zip(jax.tree.leaves(state_a), jax.tree.leaves(state_b), strict=True):
-        np.testing.assert_array_equal(x, y)
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    timed = ("tokens_per_second", "seconds", "mfu", "process_peak_memory_bytes")
-    rows_a, rows_b = (
-        [{k: v for k, v in row.items() if k not in timed} for row in metrics.read_log(path)]
-        for path in (a / "metrics.jsonl", b / "metrics.jsonl")
-    )
-    assert rows_a == rows_b
-
-
-def test_a_run_leaves_what_its_contract_says(finished):
-    names = {path.name for path in finished.iterdir()}
+def test_a_run_leaves_what_its_contract_says(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
     assert names >= {
         "config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "config.json",
         "generation_config.json", "model.safetensors", "tokenizer.json",
     }  # fmt: skip
     assert not [name for name in names if "tmp" in name]
-    steps = {path.name for path in (finished / "checkpoints").iterdir()}
+    steps = {path.name for path in (finished_run / "checkpoints").iterdir()}
     assert steps == {"9", "12"}
-    assert {p.name for p in (finished / "checkpoints" / "12").iterdir()} >= {"state", "meta"}
-    rows = metrics.read_log(finished / "metrics.jsonl")
+    assert {p.name for p in (finished_run / "checkpoints" / "12").iterdir()} >= {"state", "meta"}
+    rows = metrics.read_log(finished_run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
     training = {
         "step", "epoch", "tokens", "train_loss", "learning_rate", "grad_norm",
@@ -127,86 +54,92 @@ def test_a_run_leaves_what_its_contract_says(finished):
     assert rows[1].keys() == training | {"validation_loss", "perplexity"}
     assert rows[3]["tokens"] == 12 * 8 * 16
     assert rows[3]["train_loss"] < rows[0]["train_loss"]
-    assert yaml.safe_load((finished / "config.yaml").read_text())["n_embd"] == 8
-    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((finished_run / "config.yaml").read_text())["n_embd"] == 8
+    assert (finished_run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pytorch_opens_the_run_with_our_weights_bitwise(finished):
-    oracle = transformers.GPT2LMHeadModel.from_pretrained(finished, attn_implementation="eager")
-    state, _ = learned(finished)
+def test_pytorch_opens_the_run_with_our_weights_bitwise(finished_run):
+    oracle = transformers.GPT2LMHeadModel.from_pretrained(
+        finished_run, attn_implementation="eager"
+    )
+    state, _ = learned(finished_run)
     wte = state["params"]["transformer"]["wte"]["embedding"]
     np.testing.assert_array_equal(oracle.transformer.wte.weight.detach().numpy(), wte)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(finished)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished_run)
     ids = np.array(tokenizer("milk and tea")["input_ids"])[None]
     assert ids.tolist()[0] == list(b"milk and tea")
-    ours = FlaxGPT2LMHeadModel.from_pretrained(finished)(ids).logits
+    ours = FlaxGPT2LMHeadModel.from_pretrained(finished_run)(ids).logits
     np.testing.assert_allclose(ours, oracle(torch.tensor(ids)).logits.detach(), atol=1e-5)
 
 
 @pytest.mark.parametrize("stops", [(4,), (5, 6)], ids=["once", "twice"])
-def test_a_stopped_run_goes_on_bitwise(run, finished, tmp_path, monkeypatch, stops):
+def test_a_stopped_run_goes_on_bitwise(train_tiny, finished_run, tmp_path, monkeypatch, stops):
     """Stopped off the saving steps and inside a window of the log; dropout on."""
     output_dir = tmp_path / "run"
     for step in stops:
         with monkeypatch.context() as patch:
             stop_at(patch, step)
-            assert run(output_dir) == 143
+            assert train_tiny(output_dir) == 143
         saved = max(int(path.name) for path in (output_dir / "checkpoints").iterdir())
         assert saved == step
-    assert run(output_dir) == 0
-    assert_same_run(output_dir, finished)
+    assert train_tiny(output_dir) == 0
+    assert_same_run(output_dir, finished_run)
 
 
-def test_a_run_that_lost_its_newest_steps_does_them_again_bitwise(run, finished, tmp_path):
+def test_a_run_that_lost_its_newest_steps_does_them_again_bitwise(
+    train_tiny, finished_run, tmp_path
+):
     """As after a kill: the log is ahead of the checkpoint, its last row half written."""
     output_dir = tmp_path / "run"
-    shutil.copytree(finished, output_dir)
+    shutil.copytree(finished_run, output_dir)
     shutil.rmtree(output_dir / "checkpoints" / "12")
     (output_dir / "model.safetensors").unlink()
     (output_dir / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir()
     with open(output_dir / "metrics.jsonl", "a") as log:
         log.write('{"step": 15, "train_l')
-    assert run(output_dir) == 0
-    assert_same_run(output_dir, finished)
+    assert train_tiny(output_dir) == 0
+    assert_same_run(output_dir, finished_run)
     assert {path.name for path in (output_dir / "checkpoints").iterdir()} == {"9", "12"}
 
 
-def test_a_finished_run_only_writes_its_model_again(run, finished, tmp_path, capsys):
+def test_a_finished_run_only_writes_its_model_again(train_tiny, finished_run, tmp_path, capsys):
     output_dir = tmp_path / "run"
-    shutil.copytree(finished, output_dir)
+    shutil.copytree(finished_run, output_dir)
     (output_dir / "model.safetensors").unlink()
     log = (output_dir / "metrics.jsonl").read_text()
-    assert run(output_dir) == 0
-    assert_same_run(output_dir, finished)
+    assert train_tiny(output_dir) == 0
+    assert_same_run(output_dir, finished_run)
     assert (output_dir / "metrics.jsonl").read_text() == log
     assert "scripts/generate.py --model" in capsys.readouterr().out
 
 
-def test_a_stream_learns_and_goes_on_bitwise(run, tmp_path, monkeypatch):
+def test_a_stream_learns_and_goes_on_bitwise(train_tiny, tmp_path, monkeypatch):
     flags = ("--streaming", "--shuffle_window", "20", "--dropout", "0")
-    assert run(tmp_path / "whole", *flags) == 0
+    assert train_tiny(tmp_path / "whole", *flags) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
-        assert run(tmp_path / "parts", *flags) == 143
-    assert run(tmp_path / "parts", *flags) == 0
+        assert train_tiny(tmp_path / "parts", *flags) == 143
+    assert train_tiny(tmp_path / "parts", *flags) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_an_epoch_uses_every_row_once(run, text, tmp_path):
+def test_an_epoch_uses_every_row_once(train_tiny, tiny_text, tmp_path):
     """The last step's batch is filled up with rows that count nothing."""
-    assert run(tmp_path, "--max_steps", "0", "--epochs", "0.5", "--validation_share", "0") == 0
-    n_rows = text.stat().st_size // 16  # and the end-of-text as the last target
+    assert (
+        train_tiny(tmp_path, "--max_steps", "0", "--epochs", "0.5", "--validation_share", "0") == 0
+    )
+    n_rows = tiny_text.stat().st_size // 16  # and the end-of-text as the last target
     last = metrics.read_log(tmp_path / "metrics.jsonl")[-1]
     assert last["tokens"] == round(n_rows / 2) * 16
     assert last["step"] == -(-round(n_rows / 2) // 8)
     assert "validation_loss" not in last
 
 
-def test_accumulation_makes_up_the_same_steps(run, finished, tmp_path):
+def test_accumulation_makes_up_the_same_steps(train_tiny, finished_run, tmp_path):
     """2 x 8 rows a step, by accumulation and by batch size: the same losses."""
     flags = ("--dropout", "0", "--max_steps", "6")
-    assert run(tmp_path / "accumulated", *flags, "--grad_accum", "2") == 0
-    assert run(tmp_path / "at_once", *flags, "--batch_size", "2") == 0
+    assert train_tiny(tmp_path / "accumulated", *flags, "--grad_accum", "2") == 0
+    assert train_tiny(tmp_path / "at_once", *flags, "--batch_size", "2") == 0
     a, b = (
         [row["train_loss"] for row in metrics.read_log(tmp_path / name / "metrics.jsonl")]
         for name in ("accumulated", "at_once")
@@ -214,61 +147,61 @@ def test_accumulation_makes_up_the_same_steps(run, finished, tmp_path):
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_training_can_begin_from_a_model(finished, text, tmp_path):
-    flags = [*TINY[8:], "--init_from", str(finished), "--learning_rate", "1e-9"]
-    config = load_config([*flags, "--train_file", str(text), "--output_dir", str(tmp_path)])
+def test_training_can_begin_from_a_model(finished_run, tiny_text, tmp_path):
+    flags = [*TINY[8:], "--init_from", str(finished_run), "--learning_rate", "1e-9"]
+    config = load_config([*flags, "--train_file", str(tiny_text), "--output_dir", str(tmp_path)])
     assert train(config) == 0
-    began, ended = (FlaxGPT2LMHeadModel.from_pretrained(path) for path in (finished, tmp_path))
+    began, ended = (FlaxGPT2LMHeadModel.from_pretrained(path) for path in (finished_run, tmp_path))
     for a, b in zip(jax.tree.leaves(began.params), jax.tree.leaves(ended.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_other_settings_are_refused_and_change_nothing(run, finished, tmp_path):
+def test_other_settings_are_refused_and_change_nothing(train_tiny, finished_run, tmp_path):
     output_dir = tmp_path / "run"
-    shutil.copytree(finished, output_dir)
+    shutil.copytree(finished_run, output_dir)
     before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     with pytest.raises(
         UserError, match=r"other settings: learning_rate 0.01 -> 0.02, seed 42 -> 1"
     ):
-        run(output_dir, "--learning_rate", "2e-2", "--seed", "1")
+        train_tiny(output_dir, "--learning_rate", "2e-2", "--seed", "1")
     with pytest.raises(UserError, match=r"other settings: vocab_size 0 -> 300\n"):
-        run(output_dir, "--vocab_size", "300", "--pad_vocab_to_multiple_of", "128")
+        train_tiny(output_dir, "--vocab_size", "300", "--pad_vocab_to_multiple_of", "128")
     with pytest.raises(UserError, match="--resume never"):
-        run(output_dir, "--resume", "never")
+        train_tiny(output_dir, "--resume", "never")
     other = tmp_path / "other.txt"
     other.write_text("something else entirely " * 200)
     with pytest.raises(UserError, match="train_file"):
-        run(output_dir, "--train_file", str(other))
+        train_tiny(output_dir, "--train_file", str(other))
     with pytest.raises(
         UserError, match=r"steps have 8 rows; 8 devices x batch_size 3 .*\n.*\[1\]"
     ):
-        run(output_dir, "--batch_size", "3")
+        train_tiny(output_dir, "--batch_size", "3")
     with locked(output_dir), pytest.raises(UserError, match="is in use by process"):
-        run(output_dir)
+        train_tiny(output_dir)
     after = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     lock = output_dir / ".lock"
     assert {**after, lock: b""} == {**before, lock: b""}
 
 
-def test_fewer_steps_than_were_made_are_refused(run, finished, tmp_path):
+def test_fewer_steps_than_were_made_are_refused(train_tiny, finished_run, tmp_path):
     output_dir = tmp_path / "run"
-    shutil.copytree(finished, output_dir)
+    shutil.copytree(finished_run, output_dir)
     log = (output_dir / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match="is at step 12 already, past the 8 that are asked for"):
-        run(output_dir, "--max_steps", "8")
+        train_tiny(output_dir, "--max_steps", "8")
     assert (output_dir / "metrics.jsonl").read_text() == log
 
 
-def test_more_steps_extend_a_run(run, finished, tmp_path):
+def test_more_steps_extend_a_run(train_tiny, finished_run, tmp_path):
     output_dir = tmp_path / "run"
-    shutil.copytree(finished, output_dir)
-    assert run(output_dir, "--max_steps", "15") == 0
+    shutil.copytree(finished_run, output_dir)
+    assert train_tiny(output_dir, "--max_steps", "15") == 0
     rows = metrics.read_log(output_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [3, 6, 9, 12, 15]
 
 
 @pytest.mark.parametrize("flags", [(), ("--streaming",)], ids=["stored", "streamed"])
-def test_more_epochs_extend_a_run_whose_last_step_was_short(run, tmp_path, flags):
+def test_more_epochs_extend_a_run_whose_last_step_was_short(train_tiny, tmp_path, flags):
     """Each row is used once an epoch, as in a run of that many epochs from the start."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {n} of {n * n}\n" for n in range(150)))
@@ -277,7 +210,7 @@ def test_more_epochs_extend_a_run_whose_last_step_was_short(run, tmp_path, flags
 
     def rows(name, *epochs):
         for n_epochs in epochs:
-            assert run(tmp_path / name, *flags, "--epochs", n_epochs) == 0
+            assert train_tiny(tmp_path / name, *flags, "--epochs", n_epochs) == 0
         lines = metrics.read_log(tmp_path / name / "ledger.jsonl")
         assert [line["step"] for line in lines] == [*range(1, len(lines) + 1)]
         return [len(line["rows"]) for line in lines], [
@@ -294,17 +227,17 @@ def test_more_epochs_extend_a_run_whose_last_step_was_short(run, tmp_path, flags
     assert log[-1]["epoch"] == 2 and log[-1]["step"] == len(sizes)
 
 
-def test_a_damaged_short_step_is_made_again(run, tmp_path, capsys):
+def test_a_damaged_short_step_is_made_again(train_tiny, tmp_path, capsys):
     """The steps left are counted from the checkpoint that the run goes on from."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {n} of {n * n}\n" for n in range(150)))
     flags = ("--train_file", str(text), "--eval_every", "0", "--max_steps", "0",
              "--validation_share", "0")  # fmt: skip
-    run(tmp_path / "run", *flags)
+    train_tiny(tmp_path / "run", *flags)
     steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(steps[-1]) / "state")
-    assert run(tmp_path / "run", *flags, "--epochs", "2") == 0
-    assert run(tmp_path / "at once", *flags, "--epochs", "2") == 0
+    assert train_tiny(tmp_path / "run", *flags, "--epochs", "2") == 0
+    assert train_tiny(tmp_path / "at once", *flags, "--epochs", "2") == 0
     last = [
         metrics.read_log(tmp_path / name / "metrics.jsonl")[-1]["step"]
         for name in ("run", "at once")
@@ -313,7 +246,7 @@ def test_a_damaged_short_step_is_made_again(run, tmp_path, capsys):
     assert f"checkpoint {steps[-1]} is damaged (state/" in capsys.readouterr().err
 
 
-def test_a_stop_outlives_the_reader_of_its_words(run, tmp_path, monkeypatch):
+def test_a_stop_outlives_the_reader_of_its_words(train_tiny, tmp_path, monkeypatch):
     """Ctrl-C in `train.py 2>&1 | tee log` also ends tee."""
 
     def broken(*words):
@@ -322,25 +255,25 @@ def test_a_stop_outlives_the_reader_of_its_words(run, tmp_path, monkeypatch):
     monkeypatch.setattr("gpt2_flax.stopping.os.write", broken)
     monkeypatch.setattr(metrics, "print", broken, raising=False)
     stop_at(monkeypatch, 2, signal.SIGINT)
-    assert run(tmp_path) == 130
+    assert train_tiny(tmp_path) == 130
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
-def test_what_a_stop_left_unevaluated_may_be_the_best(run, tmp_path, monkeypatch):
+def test_what_a_stop_left_unevaluated_may_be_the_best(train_tiny, tmp_path, monkeypatch):
     """Its checkpoint was saved without a loss; it is kept for as long as none is better."""
     flags = ("--eval_every", "2", "--save_every", "2", "--keep", "1", "--max_steps")
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
-        assert run(tmp_path, *flags, "12") == 143
+        assert train_tiny(tmp_path, *flags, "12") == 143
     losses = iter([1.0, 3.0, 2.0, 4.0, 0.5, 0.6])
     loss_of = "gpt2_flax.train.held_out_loss"
     monkeypatch.setattr(loss_of, lambda *arguments: (next(losses), 1))
     for step in (7, 9):
         with monkeypatch.context() as patch:
             stop_at(patch, step)
-            assert run(tmp_path, *flags, "12") == 143
+            assert train_tiny(tmp_path, *flags, "12") == 143
         assert saved_steps(tmp_path) == [2, step]
-    assert run(tmp_path, *flags, "12") == 0
+    assert train_tiny(tmp_path, *flags, "12") == 0
     assert saved_steps(tmp_path) == [10, 12]
 
 
@@ -348,15 +281,15 @@ def saved_steps(output_dir) -> list[int]:
     return sorted(int(path.name) for path in (output_dir / "checkpoints").glob("[0-9]*"))
 
 
-def test_a_directory_with_settings_of_something_else_is_left_alone(run, tmp_path):
+def test_a_directory_with_settings_of_something_else_is_left_alone(train_tiny, tmp_path):
     for name, words in (("config.yaml", "model: {name: mine}"), ("model.safetensors", "mine")):
         (tmp_path / name).write_text(words)
     with pytest.raises(UserError, match=r"holds a config\.yaml that is not of this trainer"):
-        run(tmp_path)
+        train_tiny(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model.safetensors"]
 
 
-def test_a_full_disk_at_the_start_leaves_nothing_half(run, tmp_path, monkeypatch):
+def test_a_full_disk_at_the_start_leaves_nothing_half(train_tiny, tmp_path, monkeypatch):
     folder = tmp_path / "run"
 
     def save(self, directory):
@@ -368,61 +301,61 @@ def test_a_full_disk_at_the_start_leaves_nothing_half(run, tmp_path, monkeypatch
         with pytest.raises(
             StorageError, match=r"tokenizer\.json: No space left on device\n.*free"
         ):
-            run(folder)
+            train_tiny(folder)
     assert [path.name for path in folder.iterdir()] == [".lock"]
     (folder / ".model.safetensors.1.tmp").write_text("of an export that was killed")
-    assert run(folder) == 0
+    assert train_tiny(folder) == 0
     assert not [*folder.glob("*.tmp"), *folder.glob(".*.tmp")]
 
 
 def test_the_tokenizer_is_not_written_over_what_is_there_but_comes_back(
-    run, tmp_path, monkeypatch
+    train_tiny, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
-        assert run(tmp_path) == 143
+        assert train_tiny(tmp_path) == 143
     written = (tmp_path / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json").unlink()
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
-        assert run(tmp_path) == 143
+        assert train_tiny(tmp_path) == 143
     assert (tmp_path / "tokenizer.json").read_bytes() == written
 
     def save(self, directory):
         raise AssertionError("a kill would leave half of it")
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save)
-    assert run(tmp_path) == 0
+    assert train_tiny(tmp_path) == 0
     assert (tmp_path / "tokenizer.json").read_bytes() == written
 
 
-def test_a_tokenizer_is_somebody_elses_but_after_a_killed_start(run, tmp_path):
+def test_a_tokenizer_is_somebody_elses_but_after_a_killed_start(train_tiny, tmp_path):
     (tmp_path / "tokenizer.json").write_text("mine")
     with pytest.raises(UserError, match=r"holds tokenizer\.json but no config\.yaml"):
-        run(tmp_path)
+        train_tiny(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     (tmp_path / ".lock").write_text("")
-    assert run(tmp_path) == 0
+    assert train_tiny(tmp_path) == 0
 
 
-def test_a_changed_text_is_refused(run, text, tmp_path):
+def test_a_changed_text_is_refused(train_tiny, tiny_text, tmp_path):
     own = tmp_path / "text.txt"
-    shutil.copy(text, own)
-    assert run(tmp_path / "run", "--train_file", str(own), "--max_steps", "2") == 0
+    shutil.copy(tiny_text, own)
+    assert train_tiny(tmp_path / "run", "--train_file", str(own), "--max_steps", "2") == 0
     own.write_text(own.read_text() + " more")
     with pytest.raises(UserError, match="the text is not the one"):
-        run(tmp_path / "run", "--train_file", str(own), "--max_steps", "2")
+        train_tiny(tmp_path / "run", "--train_file", str(own), "--max_steps", "2")
 
 
-def test_a_directory_of_somebody_elses_is_left_alone(run, tmp_path):
+def test_a_directory_of_somebody_elses_is_left_alone(train_tiny, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"holds model\.safetensors but no config.yaml"):
-        run(tmp_path)
+        train_tiny(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
     with pytest.raises(UserError, match="is a file"):
-        run(tmp_path / "model.safetensors")
+        train_tiny(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds no run to resume"):
-        run(tmp_path / "nothing", "--resume", "require")
+        train_tiny(tmp_path / "nothing", "--resume", "require")
     assert not (tmp_path / "nothing").exists()
 
 
@@ -440,38 +373,40 @@ def poison(monkeypatch, steps):
 
 
 @pytest.mark.parametrize("flags", [(), ("--parallel", "jit", "--grad_accum", "2")], ids=str)
-def test_bad_steps_are_left_out_and_the_run_goes_on_bitwise(run, tmp_path, monkeypatch, flags):
+def test_bad_steps_are_left_out_and_the_run_goes_on_bitwise(
+    train_tiny, tmp_path, monkeypatch, flags
+):
     """Stopped among bad steps: the count of those in a row is the whole run's, too."""
     flags = (*flags, "--max_bad_steps", "3", "--save_every", "0", "--optimizer", "adafactor")
     poison(monkeypatch, {4, 6, 7, 8})
-    assert run(tmp_path / "whole", *flags) == 0
+    assert train_tiny(tmp_path / "whole", *flags) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
-        assert run(tmp_path / "parts", *flags) == 143
+        assert train_tiny(tmp_path / "parts", *flags) == 143
     assert (
         checkpoint_files.read_meta(tmp_path / "parts" / "checkpoints" / "7")["bad_in_a_row"] == 2
     )
-    assert run(tmp_path / "parts", *flags) == 0
+    assert train_tiny(tmp_path / "parts", *flags) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     rows = metrics.read_log(tmp_path / "whole" / "metrics.jsonl")
     assert [row["bad_steps"] for row in rows] == [0, 2, 4, 4]
     assert rows[-1]["tokens"] == 12 * 8 * 16 * (2 if "jit" in flags else 1)
 
 
-def test_a_run_of_bad_steps_ends_with_a_finite_checkpoint(run, tmp_path, monkeypatch):
+def test_a_run_of_bad_steps_ends_with_a_finite_checkpoint(train_tiny, tmp_path, monkeypatch):
     poison(monkeypatch, range(5, 99))
     with pytest.raises(NumericsError, match=r"^step 8: for 4 steps in a row the loss or"):
-        run(tmp_path, "--max_bad_steps", "3", "--log_every", "1")
+        train_tiny(tmp_path, "--max_bad_steps", "3", "--log_every", "1")
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert steps == [3, 6]
     state, _ = learned(tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
 
 
-def test_parameters_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
+def test_parameters_that_are_not_finite_are_not_saved(train_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(optim, "make_schedule", lambda *settings: lambda n: math.inf)
     with pytest.raises(NumericsError, match=r"^step 3: parameters or optimizer are not finite"):
-        run(tmp_path)
+        train_tiny(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -482,68 +417,72 @@ def rates_of(path):
     return [row["learning_rate"] for row in metrics.read_log(path / "metrics.jsonl")]
 
 
-def test_lengths_may_be_words(run, finished, tmp_path):
+def test_lengths_may_be_words(train_tiny, finished_run, tmp_path):
     """128 tokens a step: the run of 12 steps, said otherwise, is the same run."""
     flags = ("--max_steps", "1.5k tokens", "--log_every", "384 tokens", "--eval_every")
-    assert run(tmp_path, *flags, "768 tokens", "--save_every", "0.02 epochs") == 0
-    assert_same_run(tmp_path, finished)
+    assert train_tiny(tmp_path, *flags, "768 tokens", "--save_every", "0.02 epochs") == 0
+    assert_same_run(tmp_path, finished_run)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"9", "12"}
 
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("length", [("--max_steps", "0.1 epochs"), ("--epochs", "0.1")], ids=str)
-def test_the_learning_rate_ends_with_the_last_step(run, text, tmp_path, length, accumulated):
+def test_the_learning_rate_ends_with_the_last_step(
+    train_tiny, tiny_text, tmp_path, length, accumulated
+):
     """Also of a fraction of an epoch, whose last step is short, and with accumulation."""
     flags = ("--max_steps", "0", *length, "--lr_schedule", "linear", "--warmup_steps", "2")
     flags += ("--grad_accum", str(accumulated), "--log_every", "1", "--validation_share", "0")
-    assert run(tmp_path, *flags) == 0
-    n_steps = -(-round(0.1 * (text.stat().st_size // 16)) // (8 * accumulated))
+    assert train_tiny(tmp_path, *flags) == 0
+    n_steps = -(-round(0.1 * (tiny_text.stat().st_size // 16)) // (8 * accumulated))
     expected = [5e-3, 1e-2, *np.linspace(1e-2, 0, n_steps - 1)[:-1]]
     np.testing.assert_allclose(rates_of(tmp_path), expected, rtol=1e-5)
 
 
-def test_a_length_in_time_is_measured_once_and_resumed_bitwise(run, tmp_path, monkeypatch, capsys):
+def test_a_length_in_time_is_measured_once_and_resumed_bitwise(
+    train_tiny, tmp_path, monkeypatch, capsys
+):
     flags = ("--max_steps", "12 minutes", "--warmup_steps", "256 tokens", "--lr_schedule", "wsd")
     flags += ("--decay_steps", "512 tokens")
-    monkeypatch.setattr("gpt2_flax.plan.measure_step", lambda *run: 59.0)
-    assert run(tmp_path / "whole", *flags) == 0
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", lambda *train_tiny: 59.0)
+    assert train_tiny(tmp_path / "whole", *flags) == 0
     rows = metrics.read_log(tmp_path / "whole" / "metrics.jsonl")
     assert rows[-1]["step"] == 12
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
-        assert run(tmp_path / "parts", *flags) == 143
+        assert train_tiny(tmp_path / "parts", *flags) == 143
     monkeypatch.setattr("gpt2_flax.plan.measure_step", None)
-    assert run(tmp_path / "parts", *flags) == 0
+    assert train_tiny(tmp_path / "parts", *flags) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    assert run(tmp_path / "parts", *flags, "--max_steps", "15 minutes") == 0
+    assert train_tiny(tmp_path / "parts", *flags, "--max_steps", "15 minutes") == 0
     assert metrics.read_log(tmp_path / "parts" / "metrics.jsonl")[-1]["step"] == 15
 
 
 @pytest.mark.slow
-def test_a_length_that_becomes_a_time_is_measured_once_too(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt2_flax.plan.measure_step", lambda *run: 59.0)
-    assert run(tmp_path, "--max_steps", "2") == 0
-    assert run(tmp_path, "--max_steps", "4 minutes") == 0
+def test_a_length_that_becomes_a_time_is_measured_once_too(train_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt2_flax.plan.measure_step", lambda *train_tiny: 59.0)
+    assert train_tiny(tmp_path, "--max_steps", "2") == 0
+    assert train_tiny(tmp_path, "--max_steps", "4 minutes") == 0
     monkeypatch.setattr("gpt2_flax.plan.measure_step", None)
-    assert run(tmp_path, "--max_steps", "6 minutes") == 0
+    assert train_tiny(tmp_path, "--max_steps", "6 minutes") == 0
     assert checkpoint_files.read_meta(tmp_path / "checkpoints" / "6")["seconds_a_step"] == 59.0
 
 
-def test_a_run_that_is_refused_leaves_no_directory(run, tmp_path):
+def test_a_run_that_is_refused_leaves_no_directory(train_tiny, tmp_path):
     flags = ("--max_steps", "0", "--epochs", "1")
     with pytest.raises(UserError, match=r"profile 5000:5001 goes beyond the run's \d+ steps\n"):
-        run(tmp_path / "run", *flags, "--profile", "5000:5001")
+        train_tiny(tmp_path / "run", *flags, "--profile", "5000:5001")
     with pytest.raises(UserError, match=r"epochs of \d+ rows are no step"):
-        run(tmp_path / "run", "--max_steps", "0", "--epochs", "1e-9")
+        train_tiny(tmp_path / "run", "--max_steps", "0", "--epochs", "1e-9")
     with pytest.raises(UserError, match=r"a run of [\d,]+ steps is too long: 2,147,483,647 can"):
-        run(tmp_path / "run", "--max_steps", "0", "--epochs", "1000000", "--train_file", __file__,
-            "--batch_size", "1", "--block_size", "1")  # fmt: skip
+        train_tiny(tmp_path / "run", "--max_steps", "0", "--epochs", "1000000",
+                   "--train_file", __file__, "--batch_size", "1", "--block_size", "1")  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 
-def test_a_time_is_as_many_steps_as_are_measured(run, tmp_path, capsys):
-    assert run(tmp_path, "--max_steps", "0.1 seconds", "--eval_every", "0.01 seconds") == 0
+def test_a_time_is_as_many_steps_as_are_measured(train_tiny, tmp_path, capsys):
+    assert train_tiny(tmp_path, "--max_steps", "0.1 seconds", "--eval_every", "0.01 seconds") == 0
     measured, n_steps = re.search(
         r"a step takes (\S+) s: .* are (\d+) steps", capsys.readouterr().err
     ).groups()
@@ -554,7 +493,7 @@ def test_a_time_is_as_many_steps_as_are_measured(run, tmp_path, capsys):
 # ---------------------------------------------------------------- memory
 
 
-def test_batch_size_auto_is_the_largest_that_fits(run, tmp_path, monkeypatch, capsys):
+def test_batch_size_auto_is_the_largest_that_fits(train_tiny, tmp_path, monkeypatch, capsys):
     seen = []
     fits = memory.largest_batch
 
@@ -566,7 +505,7 @@ def test_batch_size_auto_is_the_largest_that_fits(run, tmp_path, monkeypatch, ca
     monkeypatch.setattr(memory, "largest_batch", noting)
     monkeypatch.setattr(memory, "device_bytes", lambda: 1_000_000)
     flags = ("--batch_size", "auto", "--max_steps", "3")
-    assert run(tmp_path, *flags) == 0
+    assert train_tiny(tmp_path, *flags) == 0
     ((chosen, limit, fitting, too_large),) = seen
     assert limit == 900_000
     assert fitting <= limit < too_large
@@ -575,16 +514,16 @@ def test_batch_size_auto_is_the_largest_that_fits(run, tmp_path, monkeypatch, ca
     assert checkpoint_files.read_meta(tmp_path / "checkpoints" / "3")["global_batch"] == 8 * chosen
     # With less memory the steps keep their rows, by accumulation.
     monkeypatch.setattr(memory, "device_bytes", lambda: 500_000)
-    assert run(tmp_path, *flags, "--max_steps", "6") == 0
+    assert train_tiny(tmp_path, *flags, "--max_steps", "6") == 0
     assert seen[-1][0] < chosen
     assert f"have {8 * chosen} rows and keep them" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"of 1 row a device takes .*\n  use --remat block"):
         monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
-        run(tmp_path / "none", *flags)
+        train_tiny(tmp_path / "none", *flags)
 
 
 @pytest.mark.parametrize("engine", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
-def test_batch_size_auto_counts_the_bytes_of_one_device(run, tmp_path, monkeypatch, engine):
+def test_batch_size_auto_counts_the_bytes_of_one_device(train_tiny, tmp_path, monkeypatch, engine):
     """Under jit the compiler's plan is of one device, too, if it is told where a batch lies."""
     planned = []
 
@@ -594,23 +533,25 @@ def test_batch_size_auto_counts_the_bytes_of_one_device(run, tmp_path, monkeypat
 
     monkeypatch.setattr(memory, "largest_batch", noting)
     flags = ("--batch_size", "auto", "--max_steps", "1", "--eval_every", "0")
-    assert run(tmp_path, *flags, "--parallel", engine, "--validation_share", "0") == 0
+    assert train_tiny(tmp_path, *flags, "--parallel", engine, "--validation_share", "0") == 0
     # The logits of 64 rows in float32, a few times over; of eight devices' rows it is more.
     logits = 64 * 16 * 257 * 4
     assert logits < planned[0] < 8 * logits
 
 
 def test_devices_that_cannot_make_up_a_run_s_steps_are_told_with_auto_as_well(
-    run, tmp_path, monkeypatch
+    train_tiny, tmp_path, monkeypatch
 ):
-    assert run(tmp_path, "--max_steps", "2") == 0  # 8 rows a step
+    assert train_tiny(tmp_path, "--max_steps", "2") == 0  # 8 rows a step
     monkeypatch.setattr(devices, "count", lambda: 16)
     with pytest.raises(UserError, match=r"steps have 8 rows; 16 devices x batch_size 1 cannot"):
-        run(tmp_path, "--max_steps", "4", "--batch_size", "auto")
+        train_tiny(tmp_path, "--max_steps", "4", "--batch_size", "auto")
 
 
 @pytest.mark.parametrize("when", ["compile_train_step", "put_batch"])
-def test_running_out_of_memory_ends_with_the_sizes_and_remedies(run, tmp_path, monkeypatch, when):
+def test_running_out_of_memory_ends_with_the_sizes_and_remedies(
+    train_tiny, tmp_path, monkeypatch, when
+):
     def exhausted(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
@@ -619,7 +560,7 @@ def test_running_out_of_memory_ends_with_the_sizes_and_remedies(run, tmp_path, m
     else:
         monkeypatch.setattr(parallel, when, exhausted)
     with pytest.raises(UserError) as caught:
-        run(tmp_path)
+        train_tiny(tmp_path)
     assert re.fullmatch(
         r"out of memory: 1 rows of 16 tokens at a time, beside 0.00 GB of parameters and"
         r" optimizer, on a cpu that has \d+\.\d\d GB\n  use a smaller --batch_size .*, or"
@@ -630,11 +571,11 @@ def test_running_out_of_memory_ends_with_the_sizes_and_remedies(run, tmp_path, m
 
 
 def test_settings_that_would_not_be_read_again_are_refused_before_training(
-    run, tmp_path, monkeypatch
+    train_tiny, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(run_directory, "MAX_SAVED_BYTES", 999)
     with pytest.raises(UserError, match=r"the settings are [\d,]+ bytes, and config.yaml holds"):
-        run(tmp_path / "out")
+        train_tiny(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -647,29 +588,29 @@ def test_another_error_of_xla_is_not_called_a_lack_of_memory():
 
 
 @pytest.mark.parametrize("remat", ["block", "attention"])
-def test_what_is_computed_again_changes_no_run(run, finished, tmp_path, remat):
-    assert run(tmp_path, "--remat", remat) == 0
+def test_what_is_computed_again_changes_no_run(train_tiny, finished_run, tmp_path, remat):
+    assert train_tiny(tmp_path, "--remat", remat) == 0
     losses = [
         [row["train_loss"] for row in metrics.read_log(path / "metrics.jsonl")]
-        for path in (finished, tmp_path)
+        for path in (finished_run, tmp_path)
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
 
 
-def test_any_checkpoint_converts_for_pytorch(finished, tmp_path):
+def test_any_checkpoint_converts_for_pytorch(finished_run, tmp_path):
     for step, name in ((9, "by_step"), (None, "newest")):
-        convert.to_pytorch(finished, tmp_path / name, step)
+        convert.to_pytorch(finished_run, tmp_path / name, step)
         transformers.GPT2LMHeadModel.from_pretrained(tmp_path / name)
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / name).eos_token_id == 256
-    final = (finished / "model.safetensors").read_bytes()
+    final = (finished_run / "model.safetensors").read_bytes()
     assert (tmp_path / "newest" / "model.safetensors").read_bytes() == final
     assert (tmp_path / "by_step" / "model.safetensors").read_bytes() != final
     settings = json.loads((tmp_path / "newest" / "config.json").read_text())
-    assert settings == json.loads((finished / "config.json").read_text())
+    assert settings == json.loads((finished_run / "config.json").read_text())
     with pytest.raises(UserError, match="holds a model already"):
-        convert.to_pytorch(finished, tmp_path / "newest")
+        convert.to_pytorch(finished_run, tmp_path / "newest")
     with pytest.raises(CheckpointError, match="has no step 7; it has 9, 12"):
-        convert.to_pytorch(finished, tmp_path / "x", 7)
+        convert.to_pytorch(finished_run, tmp_path / "x", 7)
 
 
 @pytest.fixture
@@ -686,16 +627,18 @@ def logit_widths(monkeypatch):
     return widths
 
 
-def test_a_padded_vocabulary_is_only_in_the_steps(run, finished, tmp_path, logit_widths, capsys):
+def test_a_padded_vocabulary_is_only_in_the_steps(
+    train_tiny, finished_run, tmp_path, logit_widths, capsys
+):
     """The same losses; the model, its sample and PyTorch have the tokenizer's 257 ids."""
     flags = ("--pad_vocab_to_multiple_of", "128", "--sample_tokens", "20")
-    assert run(tmp_path, *flags) == 0
+    assert train_tiny(tmp_path, *flags) == 0
     assert logit_widths == {384}
     assert "--- a sample ---" in capsys.readouterr().out
     for name in ("train_loss", "validation_loss"):
         a, b = (
             [row[name] for row in metrics.read_log(path / "metrics.jsonl") if name in row]
-            for path in (tmp_path, finished)
+            for path in (tmp_path, finished_run)
         )
         np.testing.assert_allclose(a, b, rtol=1e-5)
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
@@ -707,29 +650,29 @@ def test_a_padded_vocabulary_is_only_in_the_steps(run, finished, tmp_path, logit
     assert oracle(torch.tensor([[116]])).logits.shape == (1, 1, 257)
 
 
-def test_the_model_may_have_more_rows_than_the_tokenizer(run, tmp_path, logit_widths):
+def test_the_model_may_have_more_rows_than_the_tokenizer(train_tiny, tmp_path, logit_widths):
     with pytest.raises(
         UserError,
         match=r"vocab_size 256 is smaller than the tokenizer's 257 tokens\n  raise --vocab_size",
     ):
-        run(tmp_path / "small", "--vocab_size", "256")
+        train_tiny(tmp_path / "small", "--vocab_size", "256")
     assert not (tmp_path / "small").exists()
     flags = ("--vocab_size", "300", "--max_steps", "2", "--sample_tokens", "20")
-    assert run(tmp_path / "large", *flags) == 0
-    assert run(tmp_path / "large", *flags) == 0
+    assert train_tiny(tmp_path / "large", *flags) == 0
+    assert train_tiny(tmp_path / "large", *flags) == 0
     assert logit_widths == {300}
     assert json.loads((tmp_path / "large" / "config.json").read_text())["vocab_size"] == 300
     oracle = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "large")
     assert oracle.transformer.wte.weight.shape == (300, 8)
 
 
-def test_a_model_with_its_own_head_is_trained_with_padding(text, tmp_path, logit_widths):
+def test_a_model_with_its_own_head_is_trained_with_padding(tiny_text, tmp_path, logit_widths):
     config = transformers.GPT2Config(
         n_layer=1, n_head=2, n_embd=8, n_positions=24, vocab_size=300, tie_word_embeddings=False
     )
     FlaxGPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     flags = [*TINY[8:], "--max_steps", "2", "--init_from", str(tmp_path / "model")]
-    flags += ["--pad_vocab_to_multiple_of", "128", "--train_file", str(text)]
+    flags += ["--pad_vocab_to_multiple_of", "128", "--train_file", str(tiny_text)]
     assert train(load_config([*flags, "--output_dir", str(tmp_path / "run")])) == 0
     assert logit_widths == {384}
     tensors = safetensors.numpy.load_file(tmp_path / "run" / "model.safetensors")

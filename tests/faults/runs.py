@@ -4,7 +4,7 @@ import json
 import time
 
 from gpt2_flax import checkpoint, manifest, metrics
-from tests.test_train import learned
+from tests.tiny_runs import learned
 
 SETTINGS = {
     "n_layers": 2, "n_heads": 2, "n_embd": 32, "n_positions": 32, "block_size": 32,
