@@ -280,6 +280,7 @@ def run(settings, pytorch_directory, tmp_path_factory):
     return directory / "run"
 
 
+@pytest.mark.slow
 def test_a_run_from_bfloat16_files_is_of_float32_and_goes_on_without_them(run):
     assert checkpoint_files.locate(run, None).name == "2"
     ended = FlaxGPT2LMHeadModel.from_pretrained(run)

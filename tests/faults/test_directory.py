@@ -46,6 +46,7 @@ def finished(fork_server, text, tmp_path_factory):
     return settings
 
 
+@pytest.mark.slow
 def test_a_second_trainer_is_told_who_is_there(fork_server, text, tmp_path):
     settings = RUN | {"train_file": text, "output_dir": tmp_path / "run"}
     first = fork_server.start(as_argv(settings), fault=["hang_in_step", 12])
