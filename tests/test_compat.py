@@ -69,6 +69,7 @@ def test_a_seed_draws_the_originals_weights(name):
             np.testing.assert_allclose(ours[total], summary[total], atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow(but_every=5)
 @pytest.mark.parametrize("name", record.CALLS)
 def test_a_call_returns_the_originals_numbers(name):
     config_name, dtype, arguments = record.CALLS[name]
@@ -166,7 +167,7 @@ def generate(model, name):
     return model.generate(np.asarray(prompts), **given)
 
 
-@pytest.mark.slow(but_every=4)
+@pytest.mark.slow(but_every=12)
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_generate_continues_as_the_original_did(generating_model, name):
     outputs = generate(generating_model, name)

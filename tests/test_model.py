@@ -480,7 +480,7 @@ def test_a_padded_vocabulary_has_no_parameters_and_no_probability(tiny_config, t
     np.testing.assert_allclose(probs.sum(-1), 1.0, rtol=1e-6)
 
 
-@pytest.mark.slow(but_every=6)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "settings", [{}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]

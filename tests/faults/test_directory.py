@@ -67,6 +67,7 @@ def test_a_second_trainer_is_told_who_is_there(fork_server, text, tmp_path):
     assert "continuing after step 10" in third.text()
 
 
+@pytest.mark.slow(but_every=5)
 @pytest.mark.parametrize("name", FIXED)
 def test_other_settings_are_refused_with_their_names(finished, name):
     before = tree(finished["output_dir"])
