@@ -1,5 +1,6 @@
 """Eight CPU devices, strict ranks, no network, two tiers, and the tiny things that tests share."""
 
+import collections
 import functools
 import os
 import pathlib
@@ -90,7 +91,10 @@ def pytest_configure(config):
 
 
 class Tiers:
-    """Leave out what is marked `slow`, unless --all is given, and say so at the end."""
+    """Leave out what is marked `slow`, unless --all is given, and say so at the end.
+
+    `@pytest.mark.slow(but_every=5)` leaves every fifth case of a test in the fast tier.
+    """
 
     def __init__(self, config):
         self.everything = config.getoption("--all") or config.getoption("--thorough")
@@ -99,8 +103,14 @@ class Tiers:
     def pytest_collection_modifyitems(self, config, items):
         if self.everything:
             return
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        seen = collections.Counter()  # cases of each test function
+        fast, slow = [], []
+        for item in items:
+            marker, name = item.get_closest_marker("slow"), item.nodeid.split("[")[0]
+            every = marker.kwargs.get("but_every") if marker else 1
+            (fast if every and seen[name] % every == 0 else slow).append(item)
+            seen[name] += 1
+        items[:] = fast
         config.hook.pytest_deselected(items=slow)
         self.n_left_out = len(slow)
 

@@ -109,6 +109,7 @@ def outcomes():
     return found
 
 
+@pytest.mark.slow
 def test_each_is_refused_in_few_words_or_can_be_planned(outcomes):
     assert len(outcomes) == 1000
     accepted = [config for _, config, _ in outcomes if config is not None]
@@ -131,6 +132,7 @@ def test_every_setting_that_is_tried_is_one_and_was_accepted_and_refused(outcome
         assert fine and refused, name
 
 
+@pytest.mark.slow
 def test_the_accepted_make_a_step_or_say_why_not(outcomes, tmp_path, thorough, capfd):
     text = tmp_path / "text.txt"
     text.write_text("tea milk sugar lemon honey " * 200)

@@ -29,6 +29,7 @@ def measure(capsys):
     return run
 
 
+@pytest.mark.slow
 def test_data_is_measured(measure, tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"line {n} of {n * n}\n" for n in range(999)))
     figures = tmp_path / "figures.json"
@@ -56,6 +57,7 @@ TINY = [
 STEPS = ("--steps", "2", "--warm_up", "1")
 
 
+@pytest.mark.slow
 def test_our_step_is_measured_beside_torchs_and_its_own_by_jit(measure, tmp_path):
     figures = tmp_path / "figures.json"
     flags = "--peer", "torch", "jit", "--dropout", "0.1", "--json", figures
@@ -106,6 +108,7 @@ def test_a_busy_machine_is_said(capsys, monkeypatch, load, busy):
     assert benchmark.about()["load of the last minute"] == load
 
 
+@pytest.mark.slow
 def test_decoding_is_measured_beside_torchs(measure):
     code, out, err = measure(*TINY, "--new_tokens", "3", "--repeats", "1", command="decode")
     assert code == 0, err
@@ -116,6 +119,7 @@ def test_decoding_is_measured_beside_torchs(measure):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_save_is_measured(measure, tmp_path):
     code, out, err = measure(*TINY, *STEPS, "--folder", tmp_path, command="checkpoint")
     assert code == 0, err
@@ -133,6 +137,7 @@ def test_a_save_is_measured(measure, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_our_step_needs_nothing_of_what_reads_data_saves_or_draws():
     missing = ("datasets", "pyarrow", "xxhash", "matplotlib", "orbax.checkpoint")
     settings = {

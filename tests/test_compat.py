@@ -69,6 +69,7 @@ def test_a_seed_draws_the_originals_weights(name):
             np.testing.assert_allclose(ours[total], summary[total], atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow(but_every=5)
 @pytest.mark.parametrize("name", record.CALLS)
 def test_a_call_returns_the_originals_numbers(name):
     config_name, dtype, arguments = record.CALLS[name]
@@ -88,6 +89,7 @@ def test_the_base_model_returns_the_originals_states():
     assert_recorded(outputs, CALLS["base"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_cache_is_filled_as_the_original_fills_it():
     recorded = RECORDED["numerics"]["cached"]
     model = build(_do_init=False)
@@ -165,6 +167,7 @@ def generate(model, name):
     return model.generate(np.asarray(prompts), **given)
 
 
+@pytest.mark.slow(but_every=12)
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_generate_continues_as_the_original_did(generating_model, name):
     outputs = generate(generating_model, name)
@@ -175,6 +178,7 @@ def test_generate_continues_as_the_original_did(generating_model, name):
         np.testing.assert_allclose(outputs.scores, recorded["scores"], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIKE_PYTORCH)
 def test_what_is_said_to_differ_from_the_original_does(generating_model, name):
     recorded = RECORDED["generation"]["outputs"][name]

@@ -80,6 +80,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(options, tmp_path, caps
     )
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_same_with_kept_programs_and_without(tmp_path):
     (tmp_path / "a.txt").write_text("some words to learn, " * 200)
     kept = tmp_path / "kept"

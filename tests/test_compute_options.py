@@ -47,7 +47,7 @@ def assert_alike(got, expected, rtol=1e-5):
 # ---------------------------------------------------------------- layers in a scan
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow(but_every=9)
 @pytest.mark.parametrize("config", [{}, DROPOUT, {"n_inner": 7, "n_layer": 3}], ids=str)
 @pytest.mark.parametrize(
     "fields",
@@ -89,6 +89,7 @@ def test_masks_of_the_original_class_are_not_scanned(tiny_config):
     assert_alike(loss_and_gradient(config, key=key, hf_flax_compat=True, scanned=True), expected)
 
 
+@pytest.mark.slow
 def test_a_scan_gathers_shards_layer_by_layer(tiny_config, monkeypatch):
     monkeypatch.setattr(fsdp, "LEAST", 64)
     config = tiny_config(n_embd=24, n_layer=3, **DROPOUT)
@@ -113,7 +114,7 @@ def test_a_scan_gathers_shards_layer_by_layer(tiny_config, monkeypatch):
 # ---------------------------------------------------------------- one layer traced for all
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow(but_every=20)
 @pytest.mark.parametrize(
     "config",
     [{}, DROPOUT, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 7, "n_layer": 3}],
@@ -190,6 +191,7 @@ def test_the_update_is_traced_once_for_both_its_halves(tiny_config):
 # ---------------------------------------------------------------- dropout
 
 
+@pytest.mark.slow
 def test_each_layer_and_each_step_has_masks_of_its_own(tiny_config):
     """Layers of equal parameters would else do the same to equal inputs."""
     config = tiny_config(n_layer=2, **DROPOUT)
@@ -232,6 +234,7 @@ def test_an_activation_is_rounded_once(tiny_config):
     assert (ACTIVATIONS["gelu_new"](x) != exact.astype(jnp.bfloat16)).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_matrices_are_cast_once_a_step_and_not_in_each_micro_batch(tiny_config):
     config = tiny_config()
     module = FlaxGPT2LMHeadModule(config, jnp.bfloat16)
@@ -265,6 +268,7 @@ def instructions(compiled) -> list[str]:
     return re.sub(r"%[\w.-]+", lambda found: numbers[found[0]], "\n".join(lines)).splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_on_one_device_pmap_and_jit_run_the_same_program(tiny_config, monkeypatch, dtype):
     monkeypatch.setattr(devices, "_imagined", jax.devices()[:1])

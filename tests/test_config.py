@@ -817,6 +817,7 @@ def python_types(kind):
     return str if kind is typing.Literal else kind
 
 
+@pytest.mark.slow
 def test_any_command_gives_settings_or_faults(write_yaml):
     rng = random.Random(0)
     outcomes = {TrainConfig: 0, UserError: 0}

@@ -280,6 +280,7 @@ def run(settings, pytorch_directory, tmp_path_factory):
     return directory / "run"
 
 
+@pytest.mark.slow
 def test_a_run_from_bfloat16_files_is_of_float32_and_goes_on_without_them(run):
     assert checkpoint_files.locate(run, None).name == "2"
     ended = FlaxGPT2LMHeadModel.from_pretrained(run)
@@ -290,6 +291,7 @@ def test_a_run_from_bfloat16_files_is_of_float32_and_goes_on_without_them(run):
     assert [saved[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")] == [0.2] * 3
 
 
+@pytest.mark.slow
 def test_a_run_and_one_of_its_checkpoints_can_be_started_from(run, settings, tmp_path):
     expected = FlaxGPT2LMHeadModel.from_pretrained(run).params
     unfinished = tmp_path / "unfinished"

@@ -73,6 +73,7 @@ def masks(rate, n_masks=40, shape=(2, 192, 320)):
     return (kept - (1.0 - rate)) / np.sqrt(rate * (1.0 - rate))
 
 
+@pytest.mark.slow(but_every=5)
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.2, 0.5, 0.9])
 def test_masks_keep_their_share_and_lines_are_independent(rate):
     """Lines, columns and tiles: products of two are those of independent draws.
@@ -98,6 +99,7 @@ def test_masks_keep_their_share_and_lines_are_independent(rate):
         assert abs((others**2).mean() - 1.0) < 5 * error + 0.003
 
 
+@pytest.mark.slow
 def test_the_share_kept_is_right_for_every_rate():
     """By all 2**16 upper halves of a sum, each with some lower halves."""
     upper = np.arange(2**16, dtype=np.uint32) << 16

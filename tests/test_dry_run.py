@@ -88,6 +88,7 @@ def test_the_plan_is_that_of_the_compiled_step(tried):
     assert "steps: 40, 20,480 tokens; at least" in said
 
 
+@pytest.mark.slow
 def test_shards_take_less(tried):
     whole, shards = (
         tried("--dry_run", "--parallel", engine, "--remat", "block")[1]
@@ -97,6 +98,7 @@ def test_shards_take_less(tried):
     assert in_bytes("memory of a device:", shards) < in_bytes("memory of a device:", whole)
 
 
+@pytest.mark.slow(but_every=6)
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -115,6 +117,7 @@ def test_the_length_of_a_run_as_far_as_it_is_known(tried, flags, expected):
     assert re.search(expected, said, re.MULTILINE), said
 
 
+@pytest.mark.slow
 def test_the_sizes_of_known_vocabularies_need_no_network(tried):
     assert "vocabulary 50257" in tried("--dry_run", "--tokenizer", "gpt2")[1]
     assert "vocabulary 900" in tried("--dry_run", "--tokenizer", "bpe:900")[1]
@@ -124,6 +127,7 @@ def test_the_sizes_of_known_vocabularies_need_no_network(tried):
     assert said.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_model_to_start_from_has_its_own_size(tried, tmp_path_factory, tiny_config):
     folder = tmp_path_factory.mktemp("model")
     FlaxGPT2LMHeadModel(tiny_config(vocab_size=300, n_positions=32)).save_pretrained(folder)

@@ -132,6 +132,7 @@ def test_a_missing_text_exits_with_2_before_anything_is_written(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_hub_out_of_reach_is_reported_within_15_seconds_with_the_ways_on(tmp_path):
     silent = socket.create_server(("127.0.0.1", 0))  # takes connections, answers nothing
     with silent:
@@ -234,6 +235,7 @@ def test_a_held_out_part_of_white_space_is_refused(train, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_a_stream_held_is_told_at_the_end(train, tmp_path):
     """With max_steps it was not read before."""
     path = write_text(tmp_path / "text.txt", b"caf\xe9 \0 words\r\n" * 99)

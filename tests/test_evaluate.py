@@ -116,6 +116,7 @@ def test_a_text_s_loss_is_pytorch_s(oracle, scorer, context, stride, n_ids):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_text_s_loss_is_the_same_for_any_batch_and_number_of_devices(make_scorer):
     ids = np.random.default_rng(0).integers(0, 257, 1000).astype(np.int32)
     reference, _ = score_text(make_scorer(1, 1), ids, P, 5)
@@ -139,6 +140,7 @@ def test_rows_of_any_lengths_keep_their_order_and_compile_few_programs(oracle, m
 # ---------------------------------------------------------------- inside a run
 
 
+@pytest.mark.slow
 def test_the_loss_inside_a_run_is_the_same_for_any_batch_and_number_of_devices(tiny_config):
     """Rows of 250 targets, the last one shorter: a mean of batches' means would differ."""
     module = FlaxGPT2LMHeadModule(tiny_config(n_positions=250))
@@ -404,6 +406,7 @@ def trained(text, tmp_path_factory):
     return output_dir, text
 
 
+@pytest.mark.slow
 def test_every_kind_of_place_gives_a_run_s_own_validation_loss(trained):
     output_dir, text = trained
     rows = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
@@ -498,6 +501,7 @@ def test_a_text_too_short_to_predict_anything(exported, tmp_path):
         run("--model", exported, "--file", write(tmp_path / "one.txt", "a"))
 
 
+@pytest.mark.slow
 def test_the_script_prints_one_object_and_a_mistake_ends_with_2(exported, text, tmp_path):
     process = run_script("evaluate", "--model", exported, "--file", text)
     assert process.returncode == 0, process.stderr

@@ -39,6 +39,7 @@ def read_ledger(output_dir) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_is_used_once_an_epoch_through_kills(fork_server, text, tmp_path, thorough, kind):
     n_kills = 20 if thorough else 4

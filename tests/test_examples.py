@@ -62,6 +62,7 @@ def test_last_hidden_states_of_the_bare_model(gpt2, tokenizer):
     assert last_hidden_states.shape == (1, 21, 12)
 
 
+@pytest.mark.slow
 def test_generate_from_an_encoding(model, tokenizer):
     input_ids = tokenizer("The dog", return_tensors="np").input_ids
     greedy = model.generate(input_ids, max_length=12, do_sample=False).sequences
@@ -76,6 +77,7 @@ def test_generate_from_an_encoding(model, tokenizer):
         assert tokenizer.batch_decode(np.asarray(sequences))[0].startswith("The dog")
 
 
+@pytest.mark.slow
 def test_generate_for_a_left_padded_batch(model, gpt2):
     tokenizer = AutoTokenizer.from_pretrained(gpt2, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
@@ -94,6 +96,7 @@ def test_generate_under_jit(model, tokenizer):
     assert fast_generate(input_ids, model.params).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_decoding_by_hand_with_the_cache(model, tokenizer):
     input_ids = jnp.asarray(tokenizer("The dog", return_tensors="np").input_ids)
     kwargs = model.prepare_inputs_for_generation(input_ids, 9)
@@ -107,6 +110,7 @@ def test_decoding_by_hand_with_the_cache(model, tokenizer):
     assert ids.tolist() == expected.sequences.tolist()
 
 
+@pytest.mark.slow
 def test_compute_in_half_precision_and_cast_the_parameters(gpt2, tokenizer):
     model = FlaxGPT2LMHeadModel.from_pretrained(gpt2, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree_util.tree_leaves(model.params)} == {jnp.float32.dtype}
@@ -220,6 +224,7 @@ def batch():
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
 
 
+@pytest.mark.slow
 def test_a_training_loop_under_jit(gpt2, batch):
     state = make_state(FlaxGPT2LMHeadModel.from_pretrained(gpt2))
     step = jax.jit(train_step, donate_argnums=(0,))
@@ -230,6 +235,7 @@ def test_a_training_loop_under_jit(gpt2, batch):
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_a_training_loop_under_pmap(gpt2, batch):
     """With the state replicated by hand: JAX 0.10 has no device_put_replicated."""
     model = FlaxGPT2LMHeadModel.from_pretrained(gpt2)

@@ -105,6 +105,7 @@ def test_parameters_of_the_host_go_into_shards(tiny_config):
     assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(whole) if x.ndim == 1)
 
 
+@pytest.mark.slow
 def test_bytes_of_a_device_fall_with_their_number(tiny_config, monkeypatch):
     config = tiny_config(n_embd=64, n_head=4, n_positions=64, vocab_size=512)
     held = {}
@@ -117,7 +118,7 @@ def test_bytes_of_a_device_fall_with_their_number(tiny_config, monkeypatch):
         assert held[n] < 1.2 * held[1] / n, held
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow(but_every=4)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("rate", [0.0, 0.2], ids=["plain", "dropout"])
 def test_losses_are_those_of_pmap(tiny_config, rate, micro_batches):
@@ -137,6 +138,7 @@ def test_losses_are_those_of_pmap(tiny_config, rate, micro_batches):
             assert all(np.array_equal(copy, copies[0]) for copy in copies)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     ["adafactor", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "sgd"))],
@@ -148,6 +150,7 @@ def test_every_optimizer_sees_whole_arrays(tiny_config, optimizer):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -167,6 +170,7 @@ def test_with_each_way_to_save_memory(tiny_config, fields):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_untied_heads_and_bfloat16(tiny_config):
     config, batches = (
         tiny_config(n_embd=24, tie_word_embeddings=False),
@@ -194,6 +198,7 @@ def test_evaluation_is_that_of_one_device(tiny_config):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_whole_matrix_is_kept_for_the_gradient(tiny_config):
     """Without recomputation of blocks, too: between the two passes there are shards."""
     config = tiny_config(n_embd=64, n_head=4)
@@ -217,6 +222,7 @@ def test_no_whole_matrix_is_kept_for_the_gradient(tiny_config):
     assert not matrices & set(kept)
 
 
+@pytest.mark.slow
 def test_the_program_gathers_and_scatters(tiny_config):
     """Each sharded array is gathered, and its gradient summed into shards: none whole."""
     config = tiny_config(n_embd=64, n_head=4)

@@ -131,6 +131,7 @@ def test_greedy_decoding_is_pytorchs(trained, _quickly, monkeypatch):
     assert ends.any() and not ends.all()
 
 
+@pytest.mark.slow(but_every=3)
 @pytest.mark.parametrize(
     ("num_beams", "early_stopping", "eos"),
     [(2, True, LINE_END), (3, False, [LINE_END, ord(" ")]), (4, "never", LINE_END)],
@@ -154,6 +155,7 @@ def test_beam_search_is_pytorchs(trained, num_beams, early_stopping, eos):
     assert ended > 0
 
 
+@pytest.mark.slow(but_every=3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -187,6 +189,7 @@ def test_forced_ids_are_forced(model):
     assert (out[:, 1] == 7).all() and (out[:, 2] == 11).all() and (out[:, 4] == 12).all()
 
 
+@pytest.mark.slow(but_every=2)
 @pytest.mark.parametrize("options", [{"repetition_penalty": 1.3}, {"num_beams": 2}], ids=str)
 def test_left_padded_prompts_give_what_each_alone_gives(trained, options):
     ours, _, prompts = trained
@@ -241,6 +244,7 @@ def test_sampling_follows_the_models_probabilities(twin):
     np.testing.assert_allclose(seen, probabilities, atol=0.03)
 
 
+@pytest.mark.slow
 def test_only_the_50_likeliest_are_sampled_by_default(trained):
     ours, _, prompts = trained
 
@@ -270,6 +274,7 @@ def test_a_key_fixes_the_sample(twin):
     assert (sample() != sample(jax.random.key(1))).any()
 
 
+@pytest.mark.slow
 def test_every_warper_is_used_and_in_pytorchs_order(twin, plans):
     ours, oracle = twin
     options = {
@@ -293,6 +298,7 @@ def test_every_warper_is_used_and_in_pytorchs_order(twin, plans):
             )
 
 
+@pytest.mark.slow
 def test_a_beam_search_samples(twin):
     """Cold, it is the beam search over the scores that the temperature has made."""
     ours, _ = twin
@@ -314,6 +320,7 @@ def test_a_beam_search_samples(twin):
 # ---------------------------------------------------------------- tracing and compiling
 
 
+@pytest.mark.slow
 def test_generate_can_be_traced(model):
     ids, mask = random_prompts(), np.array([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]])
     options = {"max_new_tokens": 5, "do_sample": True, "num_beams": 2}
@@ -329,6 +336,7 @@ def test_generate_can_be_traced(model):
     np.testing.assert_array_equal(traced(model.params, ids, mask, key), plain)
 
 
+@pytest.mark.slow
 def test_generate_is_itself_a_function_to_jit(model):
     ids = random_prompts()
     plain = model.generate(ids, max_new_tokens=5)
@@ -336,6 +344,7 @@ def test_generate_is_itself_a_function_to_jit(model):
     np.testing.assert_array_equal(compiled(ids, max_new_tokens=5).sequences, plain.sequences)
 
 
+@pytest.mark.slow
 def test_the_python_loop_gives_the_same(model, caplog):
     ids = random_prompts()
     compiled = model.generate(ids, max_new_tokens=5, do_sample=True)
@@ -353,6 +362,7 @@ def test_padding_on_the_right_is_pointed_out(model, caplog, monkeypatch):
     assert caplog.text.count("pad on the left") == 2
 
 
+@pytest.mark.slow
 def test_one_program_serves_equal_models_and_other_numbers(twin):
     ours, _ = twin
     prompts = np.array([[3, 7, 5, 2, 1]])
@@ -366,6 +376,7 @@ def test_one_program_serves_equal_models_and_other_numbers(twin):
     assert decoding.decode_compiled._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_model_of_other_settings_has_a_program_of_its_own(model):
     ids = random_prompts()
     before = model.generate(ids, max_new_tokens=5).sequences
@@ -373,6 +384,7 @@ def test_a_model_of_other_settings_has_a_program_of_its_own(model):
     assert (model.generate(ids, max_new_tokens=5).sequences != before).any()
 
 
+@pytest.mark.slow
 def test_the_program_does_not_keep_a_models_weights(twin):
     ours, _ = twin
     passing = FlaxGPT2LMHeadModel(copy.deepcopy(ours.config), seed=5, dtype=jnp.bfloat16)
@@ -423,6 +435,7 @@ class Only:
         return jnp.where(jnp.arange(scores.shape[-1])[None, :] == self.id, scores, -jnp.inf)
 
 
+@pytest.mark.slow
 def test_custom_processors_act_and_may_change(model):
     only = Only(9)
     for id in (9, 11):
@@ -599,6 +612,7 @@ def test_values_out_of_range_are_refused(model, ids, options, message):
 # ---------------------------------------------------------------- text
 
 
+@pytest.mark.slow
 def test_text_goes_in_and_out(tiny_config):
     tokenizer = make_tokenizer("bytes", ())
     model = FlaxGPT2LMHeadModel(tiny_config(vocab_size=257, n_positions=40, n_layer=1))

@@ -20,6 +20,7 @@ def run(program: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_transformers_is_imported_as_if_there_were_no_pytorch():
     done = run(
         "from gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
@@ -38,6 +39,7 @@ def test_a_trainer_starts_without_transformers():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported_before", [True, False])
 def test_who_has_imported_pytorch_keeps_it(imported_before):
     """Before it was to be left out, or afterwards, before transformers."""
@@ -87,6 +89,7 @@ def test_what_was_imported_is_no_garbage_afterwards():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "argv"),
     [
@@ -139,6 +142,7 @@ def test_the_flags_are_known_to_xla():
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_transformers(tmp_path):
     (tmp_path / "text.txt").write_text("a text of words, " * 200)
     argv = (

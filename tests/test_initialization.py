@@ -33,6 +33,7 @@ def test_shapes_from_one_block_are_those_of_all(tiny_config, make, changes):
     assert module.config.n_layer == changes.get("n_layer", 2)  # is not touched
 
 
+@pytest.mark.slow(but_every=16)
 @MODULES
 @KINDS
 @pytest.mark.parametrize("compat", [False, True])
@@ -42,6 +43,7 @@ def test_what_is_drawn_is_what_init_draws(tiny_config, make, changes, compat):
     assert_same(draw_parameters(module, key), jax.jit(module.init)(key, IDS)["params"])
 
 
+@pytest.mark.slow
 def test_a_key_may_be_of_the_old_kind_and_all_of_it_be_traced(tiny_config):
     module, key = FlaxGPT2LMHeadModule(tiny_config()), jax.random.PRNGKey(8)
     expected = jax.jit(module.init)(key, IDS)["params"]
@@ -58,6 +60,7 @@ def test_models_of_one_kind_share_two_programs(tiny_config):
     assert (kernels[0] != kernels[1]).any()
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_is_drawn_by_its_init(tiny_config):
     class Other(FlaxGPT2LMHeadModule):
         def setup(self):
@@ -75,6 +78,7 @@ def test_a_module_of_ones_own_is_drawn_by_its_init(tiny_config):
         draw_parameters(model.module, key)
 
 
+@pytest.mark.slow(but_every=5)
 @pytest.mark.parametrize("engine", ["pmap", "jit", "fsdp"])
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
 def test_a_new_state_is_init_states(tiny_config, engine, name):

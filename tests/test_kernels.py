@@ -40,6 +40,7 @@ def plainly_mixed(qkv, words, scale, rate):
     return jnp.einsum("BHTK,BKHC->BTHC", probs, v)
 
 
+@pytest.mark.slow(but_every=6)
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize(
     "positions, width, scale", [(192, 64, 0.125), (64, 32, 1.0), (128, 128, 0.05)]
@@ -77,6 +78,7 @@ def long_config(tiny_config, **changes):
     return tiny_config(n_embd=64, n_head=2, n_positions=T, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, fields",
     [
@@ -95,6 +97,7 @@ def test_a_model_with_kernels_is_the_same_model(tiny_config, config, fields):
     assert_alike(take(fused_attention="flash", kernels=True, **fields), take())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "fields"),
     [(DROPOUT, {"hf_flax_compat": True}), ({"attn_pdrop": 1.0, "resid_pdrop": 0.0}, {})],
@@ -108,6 +111,7 @@ def test_masks_that_flash_attention_does_not_make_are_left_to_plain_attention(
     assert_alike(take(fused_attention="flash"), take())
 
 
+@pytest.mark.slow
 def test_kernels_work_by_pmap_and_in_shards(tiny_config):
     """On 8 devices, the loss and the gradient of one."""
     config = long_config(tiny_config, **DROPOUT)
@@ -147,6 +151,7 @@ def step_batch(ids):
 # ---------------------------------------------------------------- LayerNorm
 
 
+@pytest.mark.slow(but_every=6)
 @pytest.mark.parametrize("shape", [(2, 7, 20), (1, 64, 64), (4, 256, 48)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_gradient_of_layer_norm_and_of_its_input_are_added_up(shape, dtype):
@@ -167,6 +172,7 @@ def test_the_gradient_of_layer_norm_and_of_its_input_are_added_up(shape, dtype):
 # ---------------------------------------------------------------- the loss
 
 
+@pytest.mark.slow(but_every=4)
 @pytest.mark.parametrize("at_once", [6, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loss_and_its_gradient_in_the_place_of_the_logits(dtype, at_once):
@@ -337,6 +343,7 @@ def test_kernels_are_refused_where_they_cannot_be(tiny_config, monkeypatch):
                 choose(config_of(flag, "--parallel=jit"), tiny_config())
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_or_is_wrong_is_found(monkeypatch):
     assert kernels.try_cudnn.__wrapped__(64, 2, 32)  # really tried, and it says something
     assert kernels.try_flash.__wrapped__(64, 2, 32, 0.1)

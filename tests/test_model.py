@@ -79,6 +79,7 @@ def test_logits_of_left_padded_rows_are_pytorchs(tiny_config):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow(but_every=2)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_are_pytorchs(tiny_config, compiled):
     """Compiled and not: XLA's CPU fusions have had wrong gradients (jaxlib 0.10.2 and later)."""
@@ -265,6 +266,7 @@ def equations(program):
                 yield from equations(value)
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_row_not_its_place(tiny_config):
     config = tiny_config(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     _, params = torch_twin(config)
@@ -408,6 +410,7 @@ def test_hidden_states_and_attentions_are_pytorchs(tiny_config):
     assert len(in_order) == 3 and len(in_order[1]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -477,6 +480,7 @@ def test_a_padded_vocabulary_has_no_parameters_and_no_probability(tiny_config, t
     np.testing.assert_allclose(probs.sum(-1), 1.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "settings", [{}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]
@@ -513,6 +517,7 @@ def test_one_more_position_is_what_it_is_elsewhere(monkeypatch, dtype, settings)
     assert here[-1][-1]["transformer"]["h"]["0"]["attn"]["cache_index"] == 7
 
 
+@pytest.mark.slow
 def test_a_full_cache_takes_one_more_in_its_last_place_as_it_does_elsewhere(monkeypatch):
     """As far as the place is not known, as under jit; else it is refused."""
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=31, n_positions=16)

@@ -342,6 +342,7 @@ def test_adafactor_is_optax_s(shape):
         np.testing.assert_allclose(got["w"], expected["w"], rtol=1e-6)
 
 
+@pytest.mark.slow(but_every=5)
 @pytest.mark.parametrize(
     ("name", "rate"),
     [("adamw", 0.1), ("lion", 0.05), ("sgd", 0.02), ("muon", 0.2), ("adafactor", 0.1)],

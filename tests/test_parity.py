@@ -26,6 +26,7 @@ def settings(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_both_learn_the_same(settings, tmp_path):
     result = parity.run(settings)
     assert json.loads((tmp_path / "out" / "parity.json").read_text()) == result
@@ -36,6 +37,7 @@ def test_both_learn_the_same(settings, tmp_path):
     assert 0 < result["largest_gap"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["learning rate", "weight decay", "clipping", "a weight"])
 def test_a_training_that_differs_is_found(settings, tmp_path, monkeypatch, what):
     if what == "learning rate":

@@ -379,6 +379,7 @@ def test_pytorch_opens_what_we_save(tiny_config, tmp_path, tied):
     assert (tmp_path / "generation_config.json").is_file()
 
 
+@pytest.mark.slow(but_every=4)
 @pytest.mark.parametrize("kind", [FlaxGPT2LMHeadModel, FlaxGPT2Model])
 @pytest.mark.parametrize("options", [
     {},

@@ -132,6 +132,7 @@ def test_processes_and_devices_change_nothing_but_rounding(
         assert words(run) == ""
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_other_processes_and_by_other_engines(start, alone, tmp_path, thorough):
     # The step after which the signal comes; several processes stop stopping.LAG steps later.
     stages = [(1, 8, 2, "pmap"), (2, 2, 12, "fsdp"), (2, 1, 15, "jit"), (1, 2, 20, "pmap")]
@@ -150,6 +151,7 @@ def test_a_run_goes_on_in_other_processes_and_by_other_engines(start, alone, tmp
     assert not (tmp_path / "run" / processes.FOLDER).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["pmap", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_memory_is_planned_by_several_processes(start, tmp_path, engine):
     """Which pmap cannot do from shapes: it takes arrays of each process then."""
@@ -164,6 +166,7 @@ def test_memory_is_planned_by_several_processes(start, tmp_path, engine):
     assert re.search(r"batch_size auto: \d+ rows a device; a step takes \d", said["batch_size"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_read_by_one(start, tmp_path):
     """In another topology, into the same numbers as the exported model has."""
     output_dir = tmp_path / "run"
@@ -179,6 +182,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(start, tmp_path):
 # ---------------------------------------------------------------- stops and faults
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_stops_both_at_the_same_step(start, tmp_path, thorough):
     n_stops = 25 if thorough else 2
     length = {"max_steps": 30 * n_stops, "save_every": 25, "eval_every": 40}
@@ -225,6 +229,7 @@ def unbroken(start, tmp_path_factory):
     return output_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "number"),
     [
@@ -262,6 +267,7 @@ def test_who_loses_another_process_ends_and_the_run_goes_on_afterwards(
     assert steps_of(broken) == [*range(1, 61)]
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named(start, tmp_path):
     runs = start(tmp_path / "run", 2, 1, fault=["hang_alone", 5, 1, 60], step_timeout=6)
     assert runs[0].wait(60) == 6, runs[0].text()
@@ -274,6 +280,7 @@ def test_a_process_that_hangs_is_named(start, tmp_path):
     assert "fault_injection.py" not in found[1]
 
 
+@pytest.mark.slow
 def test_a_single_process_that_hangs_ends_too(fork_server, text, tmp_path):
     settings = SETTINGS | {"train_file": text, "output_dir": tmp_path / "run", "max_steps": 90}
     run = fork_server.start(as_argv(settings | {"step_timeout": 3}), fault=["hang_in_step", 12])
@@ -281,6 +288,7 @@ def test_a_single_process_that_hangs_ends_too(fork_server, text, tmp_path):
     assert re.search(r"error: no step was finished for \d s: process 0 is at", run.text())
 
 
+@pytest.mark.slow
 def test_the_others_of_a_process_with_a_bug_say_whose_it_is(start, tmp_path):
     runs = start(tmp_path / "run", 2, 1, fault=["fail_alone", 5, 1])
     assert wait_for_all(runs) == [6, 1], [run.text() for run in runs]
@@ -289,6 +297,7 @@ def test_the_others_of_a_process_with_a_bug_say_whose_it_is(start, tmp_path):
     assert "ended: an injected fault in one process" in runs[0].text()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_all(start, tmp_path):
     """The first process writes; the error is its own."""
     runs = start(tmp_path / "run", 2, 1, fault=["fail_in_save", 10])
@@ -301,6 +310,7 @@ def test_a_full_disk_ends_all(start, tmp_path):
 # ---------------------------------------------------------------- bad input
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -329,6 +339,7 @@ def test_what_processes_cannot_do_together_is_refused_by_one_of_them(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_text_under_the_same_name_is_refused(start, text, fork_server, tmp_path):
     """As on machines whose disks are their own."""
     runs = []
@@ -346,6 +357,7 @@ def test_another_text_under_the_same_name_is_refused(start, text, fork_server, t
     assert "process 1 differs from process 0 in its held-out text" in words(runs[0])
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_not_shared_is_refused(text, fork_server, tmp_path):
     runs = []
     address = f"127.0.0.1:{free_port()}"
@@ -378,6 +390,7 @@ def test_processes_with_other_numbers_of_devices_are_refused(fork_server, text, 
     assert said.count("the processes have 1, 2 devices") == 1
 
 
+@pytest.mark.slow
 def test_a_coordinator_out_of_reach_is_named_within_30_seconds(fork_server, text, tmp_path):
     port = free_port()
     settings = SETTINGS | {
@@ -412,6 +425,7 @@ def test_settings_by_which_processes_cannot_meet_are_refused(settings, match):
         load_config(as_argv(settings))
 
 
+@pytest.mark.slow
 def test_how_processes_meet_is_not_a_part_of_the_run(start, tmp_path):
     runs = start(tmp_path / "run", 2, 1, max_steps=2)
     assert wait_for_all(runs) == [0, 0]
@@ -470,6 +484,7 @@ def test_a_coordinator_of_nobody_is_refused(monkeypatch):
         processes.wanted(TrainConfig(coordinator_address="a:1"))
 
 
+@pytest.mark.slow
 def test_slurm_s_own_variables_are_enough(fork_server, text, tmp_path):
     """As `srun` sets them for two tasks on one machine."""
     port = free_port()

@@ -74,12 +74,14 @@ def kill():
 # ---------------------------------------------------------------- samples
 
 
+@pytest.mark.slow
 def test_a_sample_is_made_at_each_evaluation(finished):
     samples = SampleLog(finished).read()
     assert list(samples) == [3, 6, 9]
     assert all(text.startswith("tea") for text in samples.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_a_resumed_run_has_the_samples_of_a_whole_one(how, run, finished, tmp_path, monkeypatch):
     """Killed after step 7: the sample of step 6 is there, the newest checkpoint is of step 4."""
@@ -97,6 +99,7 @@ def test_a_resumed_run_has_the_samples_of_a_whole_one(how, run, finished, tmp_pa
     assert (output_dir / "samples.txt").read_bytes() == (finished / "samples.txt").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_without_held_out_text_has_samples_and_curves_too(run, tmp_path, monkeypatch):
     drawn = []
     draw = "gpt2_flax.train.curves.draw"
@@ -106,6 +109,7 @@ def test_a_run_without_held_out_text_has_samples_and_curves_too(run, tmp_path, m
     assert drawn == [1, 3]  # at steps 3 and 6; the end has nothing to add
 
 
+@pytest.mark.slow
 def test_no_sample_is_made_if_none_is_wanted(run, tmp_path, capsys):
     assert run(tmp_path, "--sample_tokens", "0", "--sample_prompt", "", "--max_steps", "3") == 0
     assert not (tmp_path / "samples.txt").exists()
@@ -123,6 +127,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(run,
 # ---------------------------------------------------------------- traces
 
 
+@pytest.mark.slow
 def test_a_trace_of_steps_of_a_resumed_run(run, tmp_path, monkeypatch, capsys):
     """Stopped at step 4, it goes on with 5: of the steps 3 to 6, two are in either trace."""
     flags = ("--profile", "3:6", "--sample_tokens", "0", "--sample_prompt", "")

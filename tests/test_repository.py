@@ -437,6 +437,7 @@ class HubThatTakesUploads(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+@pytest.mark.slow
 def test_a_model_is_pushed_to_the_hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubThatTakesUploads)
     server.asked = []

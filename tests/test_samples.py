@@ -58,6 +58,7 @@ def test_a_sample_is_compiled_once(config, params):
     assert decoding.decode_compiled._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_a_state_on_eight_devices_gives_the_sample_of_one_and_lives_on(config, params):
     expected = make_sampler(config).sample(params, 2)
     replicated = parallel.replicate(lambda tree: tree, params)

@@ -119,7 +119,7 @@ def one_device(request, tiny_config):
     return config, batches, losses
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow(but_every=4)
 @pytest.mark.parametrize(
     ("engine", "micro_batches"), [("pmap", 1), ("pmap", 2), ("jit", 1), ("jit", 2)]
 )
@@ -134,6 +134,7 @@ def test_eight_devices_are_one(one_device, engine, micro_batches):
         assert all(np.array_equal(shard, shards[0]) for shard in shards)
 
 
+@pytest.mark.slow
 def test_a_step_that_forgets_to_reduce_is_noticed(tiny_config):
     """With out_axes=None pmap would silently hand back the first device's own result."""
 
@@ -146,6 +147,7 @@ def test_a_step_that_forgets_to_reduce_is_noticed(tiny_config):
     assert np.abs(got / expected - 1).max() > 1e-3
 
 
+@pytest.mark.slow(but_every=2)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_micro_batches_are_one_batch(tiny_config, parts):
     """Weighted by targets, not by micro-batches: the rows' lengths are unequal."""
@@ -157,6 +159,7 @@ def test_accumulated_micro_batches_are_one_batch(tiny_config, parts):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor", pytest.param("muon", marks=pytest.mark.slow)])
 def test_other_optimizers_accumulate_and_shard_alike(tiny_config, monkeypatch, name):
     """One device, and eight with two micro-batches under each engine.
@@ -185,6 +188,7 @@ def test_other_optimizers_accumulate_and_shard_alike(tiny_config, monkeypatch, n
             np.testing.assert_allclose(got[path], wanted[path], atol=2e-5, err_msg=path)
 
 
+@pytest.mark.slow(but_every=3)
 @pytest.mark.parametrize("engine", [None, "pmap", "jit"])
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(tiny_config, engine):
     """An id that is none makes one row's loss NaN; the others of its batch are lost with it."""
@@ -217,6 +221,7 @@ def test_padding_rows_change_nothing(tiny_config):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a.params, b.params)
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_learned_by_heart(tiny_config):
     batch = next(random_batches(2, 1))
     losses, _ = run(tiny_config(n_embd=48), [batch] * 150)
@@ -224,6 +229,7 @@ def test_one_batch_can_be_learned_by_heart(tiny_config):
     assert losses[-1] < 0.1
 
 
+@pytest.mark.slow
 def test_the_compiled_step_reduces_once_donates_and_traces_once(tiny_config):
     config = tiny_config()
     optimizer, module = make_optimizer(), FlaxGPT2LMHeadModule(config)
@@ -250,6 +256,7 @@ def test_the_compiled_step_reduces_once_donates_and_traces_once(tiny_config):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
 
 
+@pytest.mark.slow
 def test_the_optimizers_state_is_not_copied_to_be_updated(tiny_config, monkeypatch):
     """On a CPU. The plain update, which is that of other backends, shows what would be counted."""
     module, optimizer = FlaxGPT2LMHeadModule(tiny_config()), make_optimizer()
@@ -268,6 +275,7 @@ def test_the_optimizers_state_is_not_copied_to_be_updated(tiny_config, monkeypat
     assert copied == 0 and copied_matrices() == 4  # of two layers, two moments each
 
 
+@pytest.mark.slow(but_every=2)
 @pytest.mark.parametrize("engine", ["pmap", "jit"])
 def test_evaluation_sums_over_devices_and_ignores_padding(tiny_config, engine):
     module = FlaxGPT2LMHeadModule(tiny_config(resid_pdrop=0.5))
@@ -288,6 +296,7 @@ def test_evaluation_sums_over_devices_and_ignores_padding(tiny_config, engine):
     np.testing.assert_allclose(loss, by_hand, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_and_loss_in_float32(tiny_config):
     module, optimizer = FlaxGPT2LMHeadModule(tiny_config(), jnp.bfloat16), make_optimizer()
     make = functools.partial(step.init_state, model=module, optimizer=optimizer)
@@ -304,6 +313,7 @@ def test_bfloat16_keeps_parameters_and_loss_in_float32(tiny_config):
     np.testing.assert_allclose(metrics["loss_sum"], expected["loss_sum"], rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_what_float32_learns(tiny_config):
     """The last of 60 losses on rows that can be learned, within 0.02."""
     config = tiny_config(n_embd=24, n_layer=1)
@@ -329,7 +339,7 @@ def padded_train_step(state, batch, *, model, **fixed):
     return step.train_step(state, batch, model=model, **fixed)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow(but_every=8)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 # The same products, summed up in another order: in bfloat16 that may turn a rounding.
@@ -354,6 +364,7 @@ def test_padding_the_vocabulary_changes_neither_loss_nor_gradient(
         assert error < tolerance, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["pmap", "jit"])
 def test_padding_the_vocabulary_changes_no_run(tiny_config, engine):
     batches = list(random_batches(16, 5))
@@ -363,6 +374,7 @@ def test_padding_the_vocabulary_changes_no_run(tiny_config, engine):
     assert state.params["transformer"]["wte"]["embedding"].shape == (31, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["pmap", "jit"])
 def test_the_compiled_steps_have_the_padded_size(tiny_config, engine):
     optimizer, plain = make_optimizer(), FlaxGPT2LMHeadModule(tiny_config())
@@ -383,7 +395,7 @@ def test_the_compiled_steps_have_the_padded_size(tiny_config, engine):
             assert {31, 40} & {int(n) for shape in shapes for n in shape.split(",")} == sizes
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow(but_every=8)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rate", [0.0, 0.3], ids=["plain", "dropout"])
 @pytest.mark.parametrize("changes", [{}, {"add_cross_attention": True}], ids=["self", "cross"])
@@ -410,6 +422,7 @@ def test_what_is_computed_again_changes_no_gradient(tiny_config, dtype, rate, ch
         assert np.linalg.norm(got[name] - leaf) < tolerance * np.linalg.norm(leaf), name
 
 
+@pytest.mark.slow
 def test_a_model_that_keeps_little_takes_less_memory(tiny_config):
     config = tiny_config(n_layer=3, n_inner=96, n_positions=64)
     params = torch_twin(config)[1]

@@ -72,6 +72,7 @@ def test_pytorch_opens_the_run_with_our_weights_bitwise(finished_run):
     np.testing.assert_allclose(ours, oracle(torch.tensor(ids)).logits.detach(), atol=1e-5)
 
 
+@pytest.mark.slow(but_every=2)
 @pytest.mark.parametrize("stops", [(4,), (5, 6)], ids=["once", "twice"])
 def test_a_stopped_run_goes_on_bitwise(train_tiny, finished_run, tmp_path, monkeypatch, stops):
     """Stopped off the saving steps and inside a window of the log; dropout on."""
@@ -113,6 +114,7 @@ def test_a_finished_run_only_writes_its_model_again(train_tiny, finished_run, tm
     assert "scripts/generate.py --model" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stream_learns_and_goes_on_bitwise(train_tiny, tmp_path, monkeypatch):
     flags = ("--streaming", "--shuffle_window", "20", "--dropout", "0")
     assert train_tiny(tmp_path / "whole", *flags) == 0
@@ -123,6 +125,7 @@ def test_a_stream_learns_and_goes_on_bitwise(train_tiny, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_an_epoch_uses_every_row_once(train_tiny, tiny_text, tmp_path):
     """The last step's batch is filled up with rows that count nothing."""
     assert (
@@ -135,6 +138,7 @@ def test_an_epoch_uses_every_row_once(train_tiny, tiny_text, tmp_path):
     assert "validation_loss" not in last
 
 
+@pytest.mark.slow
 def test_accumulation_makes_up_the_same_steps(train_tiny, finished_run, tmp_path):
     """2 x 8 rows a step, by accumulation and by batch size: the same losses."""
     flags = ("--dropout", "0", "--max_steps", "6")
@@ -147,6 +151,7 @@ def test_accumulation_makes_up_the_same_steps(train_tiny, finished_run, tmp_path
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_can_begin_from_a_model(finished_run, tiny_text, tmp_path):
     flags = [*TINY[8:], "--init_from", str(finished_run), "--learning_rate", "1e-9"]
     config = load_config([*flags, "--train_file", str(tiny_text), "--output_dir", str(tmp_path)])
@@ -192,6 +197,7 @@ def test_fewer_steps_than_were_made_are_refused(train_tiny, finished_run, tmp_pa
     assert (output_dir / "metrics.jsonl").read_text() == log
 
 
+@pytest.mark.slow
 def test_more_steps_extend_a_run(train_tiny, finished_run, tmp_path):
     output_dir = tmp_path / "run"
     shutil.copytree(finished_run, output_dir)
@@ -200,6 +206,7 @@ def test_more_steps_extend_a_run(train_tiny, finished_run, tmp_path):
     assert [row["step"] for row in rows] == [3, 6, 9, 12, 15]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--streaming",)], ids=["stored", "streamed"])
 def test_more_epochs_extend_a_run_whose_last_step_was_short(train_tiny, tmp_path, flags):
     """Each row is used once an epoch, as in a run of that many epochs from the start."""
@@ -227,6 +234,7 @@ def test_more_epochs_extend_a_run_whose_last_step_was_short(train_tiny, tmp_path
     assert log[-1]["epoch"] == 2 and log[-1]["step"] == len(sizes)
 
 
+@pytest.mark.slow
 def test_a_damaged_short_step_is_made_again(train_tiny, tmp_path, capsys):
     """The steps left are counted from the checkpoint that the run goes on from."""
     text = tmp_path / "text.txt"
@@ -259,6 +267,7 @@ def test_a_stop_outlives_the_reader_of_its_words(train_tiny, tmp_path, monkeypat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
+@pytest.mark.slow
 def test_what_a_stop_left_unevaluated_may_be_the_best(train_tiny, tmp_path, monkeypatch):
     """Its checkpoint was saved without a loss; it is kept for as long as none is better."""
     flags = ("--eval_every", "2", "--save_every", "2", "--keep", "1", "--max_steps")
@@ -308,6 +317,7 @@ def test_a_full_disk_at_the_start_leaves_nothing_half(train_tiny, tmp_path, monk
     assert not [*folder.glob("*.tmp"), *folder.glob(".*.tmp")]
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_not_written_over_what_is_there_but_comes_back(
     train_tiny, tmp_path, monkeypatch
 ):
@@ -372,6 +382,7 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(StoredRows, "batches", with_poison)
 
 
+@pytest.mark.slow(but_every=2)
 @pytest.mark.parametrize("flags", [(), ("--parallel", "jit", "--grad_accum", "2")], ids=str)
 def test_bad_steps_are_left_out_and_the_run_goes_on_bitwise(
     train_tiny, tmp_path, monkeypatch, flags
@@ -425,7 +436,7 @@ def test_lengths_may_be_words(train_tiny, finished_run, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"9", "12"}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow(but_every=4)
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("length", [("--max_steps", "0.1 epochs"), ("--epochs", "0.1")], ids=str)
 def test_the_learning_rate_ends_with_the_last_step(
@@ -440,6 +451,7 @@ def test_the_learning_rate_ends_with_the_last_step(
     np.testing.assert_allclose(rates_of(tmp_path), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_length_in_time_is_measured_once_and_resumed_bitwise(
     train_tiny, tmp_path, monkeypatch, capsys
 ):
@@ -481,6 +493,7 @@ def test_a_run_that_is_refused_leaves_no_directory(train_tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_time_is_as_many_steps_as_are_measured(train_tiny, tmp_path, capsys):
     assert train_tiny(tmp_path, "--max_steps", "0.1 seconds", "--eval_every", "0.01 seconds") == 0
     measured, n_steps = re.search(
@@ -493,6 +506,7 @@ def test_a_time_is_as_many_steps_as_are_measured(train_tiny, tmp_path, capsys):
 # ---------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_batch_size_auto_is_the_largest_that_fits(train_tiny, tmp_path, monkeypatch, capsys):
     seen = []
     fits = memory.largest_batch
@@ -522,6 +536,7 @@ def test_batch_size_auto_is_the_largest_that_fits(train_tiny, tmp_path, monkeypa
         train_tiny(tmp_path / "none", *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
 def test_batch_size_auto_counts_the_bytes_of_one_device(train_tiny, tmp_path, monkeypatch, engine):
     """Under jit the compiler's plan is of one device, too, if it is told where a batch lies."""
@@ -587,6 +602,7 @@ def test_another_error_of_xla_is_not_called_a_lack_of_memory():
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["block", "attention"])
 def test_what_is_computed_again_changes_no_run(train_tiny, finished_run, tmp_path, remat):
     assert train_tiny(tmp_path, "--remat", remat) == 0
@@ -627,6 +643,7 @@ def logit_widths(monkeypatch):
     return widths
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_is_only_in_the_steps(
     train_tiny, finished_run, tmp_path, logit_widths, capsys
 ):
@@ -650,6 +667,7 @@ def test_a_padded_vocabulary_is_only_in_the_steps(
     assert oracle(torch.tensor([[116]])).logits.shape == (1, 1, 257)
 
 
+@pytest.mark.slow
 def test_the_model_may_have_more_rows_than_the_tokenizer(train_tiny, tmp_path, logit_widths):
     with pytest.raises(
         UserError,
@@ -666,6 +684,7 @@ def test_the_model_may_have_more_rows_than_the_tokenizer(train_tiny, tmp_path, l
     assert oracle.transformer.wte.weight.shape == (300, 8)
 
 
+@pytest.mark.slow
 def test_a_model_with_its_own_head_is_trained_with_padding(tiny_text, tmp_path, logit_widths):
     config = transformers.GPT2Config(
         n_layer=1, n_head=2, n_embd=8, n_positions=24, vocab_size=300, tie_word_embeddings=False

@@ -229,6 +229,7 @@ def assert_same(got, expected):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow(but_every=3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_found_or_harmless(kind, sound, others, tmp_path, thorough, capsys):
     harmless = 0

@@ -70,6 +70,7 @@ def losses(output_dir):
     return [row["train_loss"] for row in metrics.read_log(output_dir / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_devices(start, begun, tmp_path, thorough):
     """It keeps the rows of its steps, their order, and what it learns from them."""
     import shutil

@@ -46,6 +46,7 @@ def finished(fork_server, text, tmp_path_factory):
     return settings
 
 
+@pytest.mark.slow
 def test_a_second_trainer_is_told_who_is_there(fork_server, text, tmp_path):
     settings = RUN | {"train_file": text, "output_dir": tmp_path / "run"}
     first = fork_server.start(as_argv(settings), fault=["hang_in_step", 12])
@@ -66,6 +67,7 @@ def test_a_second_trainer_is_told_who_is_there(fork_server, text, tmp_path):
     assert "continuing after step 10" in third.text()
 
 
+@pytest.mark.slow(but_every=5)
 @pytest.mark.parametrize("name", FIXED)
 def test_other_settings_are_refused_with_their_names(finished, name):
     before = tree(finished["output_dir"])

@@ -103,6 +103,7 @@ def assert_refused(run, disk, before, words):
         assert is_saved(disk / "run", step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [10, pytest.param(20, marks=pytest.mark.slow), 40])
 def test_a_full_disk_at_the_first_a_middle_and_the_last_save(start, disk, at):
     with held(start, disk, at - 2, saved=at - 10) as run:
@@ -119,6 +120,7 @@ def test_a_full_disk_at_the_first_a_middle_and_the_last_save(start, disk, at):
     assert is_saved(disk / "run", N_STEPS)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_export_and_at_the_log(start, disk):
     run = start()
     assert run.wait() == 0, run.text()
@@ -140,6 +142,7 @@ def test_a_full_disk_at_the_export_and_at_the_log(start, disk):
     assert run.wait() == 0, run.text()
 
 
+@pytest.mark.slow
 def test_a_disk_that_may_only_be_read(start, disk):
     run = start()
     assert run.wait() == 0, run.text()
@@ -152,6 +155,7 @@ def test_a_disk_that_may_only_be_read(start, disk):
     assert mount("-o", "remount,rw", disk)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_folder_that_becomes_read_only(start, disk):
     folder = disk / "run" / "checkpoints"
     with held(start, disk, 15, saved=10) as run:

@@ -31,6 +31,7 @@ def settings(text, output_dir, **more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ALIKE else []) for way in WAYS]
 )
@@ -60,6 +61,7 @@ def test_exit_0_means_saved(fork_server, text, tmp_path, thorough, way):
         assert is_saved(output_dir, N_STEPS) and (output_dir / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [{"epochs": "0.3"}, {"max_steps": 13}])
 def test_a_run_that_ends_by_itself_is_saved(fork_server, text, tmp_path, thorough, length):
     for n in range(10 if thorough else 1):
@@ -71,6 +73,7 @@ def test_a_run_that_ends_by_itself_is_saved(fork_server, text, tmp_path, thoroug
         assert is_saved(output_dir, last) and (output_dir / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_one_device_is_found(fork_server, text, tmp_path, devices):
     """At the next comparison, and in any case before a save."""

@@ -73,6 +73,7 @@ def test_real_checkpoints_are_kept_so(tmp_path, thorough):
         store.close()
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_also_where_no_save_was_due(tmp_path, monkeypatch):
     """Saves are due at each third step, evaluations at each second."""
     text = tmp_path / "text.txt"

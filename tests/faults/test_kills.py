@@ -9,17 +9,18 @@ import random
 import time
 
 import numpy as np
+import pytest
 
 from gpt2_flax import manifest
 from tests.faults.runs import SETTINGS, as_argv, learned, logged_steps, saved_steps, steps_of
 
 SAVE_EVERY = SETTINGS["save_every"]
-# How often a kill comes where; (in the normal run, with --thorough).
+# How often a kill comes where: (in the fast tier, with --all, with --thorough).
 PLACES = {
-    "before the first save": (1, 2),
-    "inside a save": (3, 25),
-    "inside a deletion": (1, 5),
-    "anywhere": (1, 18),
+    "before the first save": (0, 1, 2),
+    "inside a save": (1, 3, 25),
+    "inside a deletion": (0, 1, 5),
+    "anywhere": (0, 1, 18),
 }
 
 
@@ -34,7 +35,8 @@ def in_checkpoints(output_dir, pattern):
     return lambda: any((output_dir / "checkpoints").glob(pattern))
 
 
-def test_any_kill_is_survived_bitwise(fork_server, text, tmp_path, thorough):
+@pytest.mark.parametrize("tier", ["fast", pytest.param("all", marks=pytest.mark.slow)])
+def test_any_kill_is_survived_bitwise(fork_server, text, tmp_path, thorough, tier):
     def start(output_dir, n_steps):
         return fork_server.start(
             as_argv(SETTINGS | {"train_file": text, "output_dir": output_dir,
@@ -42,7 +44,8 @@ def test_any_kill_is_survived_bitwise(fork_server, text, tmp_path, thorough):
             fault=["slow_down", 0.02],
         )  # fmt: skip
 
-    kills = [place for place, counts in PLACES.items() for _ in range(counts[thorough])]
+    n_kills = 0 if tier == "fast" else 1 + thorough
+    kills = [place for place, counts in PLACES.items() for _ in range(counts[n_kills])]
     n_steps = 40 * len(kills)
     rng = random.Random(len(kills))
     early = [place for place in kills if place == "before the first save"]

@@ -24,6 +24,7 @@ def short_text(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", CUTS)
 def test_a_run_in_pieces_is_a_run(fork_server, short_text, tmp_path, thorough, devices):
     def start(output_dir, fault=None):

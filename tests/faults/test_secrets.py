@@ -86,6 +86,7 @@ def check_nothing_is_said(folder) -> int:
     return n_files
 
 
+@pytest.mark.slow
 def test_a_run_from_its_beginning_to_a_model(start, folder):
     code, text = start()
     assert (code, "done: 3 steps" in text) == (0, True), text
@@ -99,6 +100,7 @@ def test_a_run_from_its_beginning_to_a_model(start, folder):
     assert check_nothing_is_said(folder) > 20
 
 
+@pytest.mark.slow
 def test_a_run_that_is_reported_and_traced(start, folder):
     if importlib.util.find_spec("tensorboardX") is None:
         pytest.skip("tensorboardX is optional")
@@ -109,6 +111,7 @@ def test_a_run_that_is_reported_and_traced(start, folder):
     check_nothing_is_said(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_weights_and_biases_watches(start, folder):
     if importlib.util.find_spec("wandb") is None:
         pytest.skip("wandb is optional")
@@ -118,6 +121,7 @@ def test_a_run_that_weights_and_biases_watches(start, folder):
     check_nothing_is_said(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_bug_in_the_middle_of_a_run(start, folder, debug):
     code, text = start(*["--debug"] * debug, script="tests.faults.crash", out=f"bug {debug}")

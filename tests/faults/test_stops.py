@@ -25,6 +25,7 @@ WORDS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 PATIENCE = 5  # seconds beside a step and a save, of which these are far below one
 
 
+@pytest.mark.slow
 def test_a_stop_at_any_instant_loses_no_step(fork_server, text, tmp_path, thorough):
     n_stops = 50 if thorough else 6
     n_steps = 20 * n_stops
@@ -82,6 +83,7 @@ def test_a_stop_at_any_instant_loses_no_step(fork_server, text, tmp_path, thorou
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("most", "long_step"), [(2, 9), (1, 0.5)], ids=["two", "one long one"])
 def test_a_stop_waits_for_few_steps(fork_server, text, tmp_path, most, long_step):
     """The host could hand out as many as 32 ahead of the device."""
@@ -100,6 +102,7 @@ def test_a_stop_waits_for_few_steps(fork_server, text, tmp_path, most, long_step
     assert saved_steps(tmp_path / "run")[-1] == len(steps_of(tmp_path / "run")) <= made + most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["while training", "while compiling"])
 def test_a_second_ctrl_c_ends_at_once(fork_server, text, tmp_path, where):
     settings = SETTINGS | {"train_file": text, "output_dir": tmp_path / "run", "max_steps": 90}
