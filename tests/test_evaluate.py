@@ -587,3 +587,7 @@ def test_brackets_are_taken_out_as_the_harness_does():
     for _ in range(2000):
         text = "x" + "".join(rng.choices("[]a \n", k=rng.randrange(30))) + "x"
         assert zero_shot.clean(text) == re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def test_a_mean_loss_counts_every_target_alike():
+    assert mean_loss(lambda params, sums: sums, None, [(2.0, 1), (3.0, 9)]) == (0.5, 10)

@@ -70,3 +70,10 @@ def test_another_c_library_is_told_nothing(monkeypatch):
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     with memory.kept_when_freed():
         pass
+
+
+@pytest.mark.parametrize(("limit", "n_rows"), [(5, 1), (20, 2), (39, 2), (100, 4), (200, 8)])
+def test_the_largest_batch_that_fits_is_chosen(limit, n_rows):
+    """By the first two, 8 rows would take 80 bytes."""
+    needed = {1: 10, 2: 20, 4: 40, 8: 200}
+    assert memory.largest_batch(needed.get, limit, [*needed]) == n_rows
