@@ -17,10 +17,10 @@ from gpt2_flax.errors import UserError
 from gpt2_flax.settings import (
     ArgumentParser,
     add_settings,
-    closest,
     convert,
     fields_of,
     find_secrets,
+    meant,
     plain,
     read_yaml,
     setting,
@@ -320,7 +320,7 @@ def load_config(argv: list[str]) -> TrainConfig:
 
     # What was meant by these isn't known, so nothing is said about what depends on it.
     unread = [*unknown, *(raw.keys() - values.keys()), *(given.keys() - flags.keys())]
-    doubtful = {name for word in unread for name in closest(str(word).lstrip("-"), FIELDS)}
+    doubtful = {name for word in unread for name in meant(str(word).lstrip("-"), FIELDS)}
     if yaml_faults and not raw:
         doubtful = set(FIELDS)
     # A length that is given as a flag replaces the file's, whichever of the two ways it has.

@@ -13,7 +13,7 @@ from typing import Literal
 
 import yaml
 
-from gpt2_flax import durations
+from gpt2_flax import durations, other_names
 from gpt2_flax.errors import UserError, redacted
 
 MAX_YAML_BYTES = 64 * 1024
@@ -252,13 +252,27 @@ def describe(kind) -> str:
 
 
 def nearest(name: str, known, prog: str = "scripts/train.py") -> str:
-    """The remedy for an unknown name: the known one most like it."""
-    close = closest(name, known)
-    return f"\n  did you mean {close[0]}?" if close else f"\n  python {prog} --help lists them"
+    """The remedy for an unknown name: the known one that means it, or that is most like it."""
+    if found := other_names.look_up(name, known):
+        return f"\n  did you mean {found}?"
+    if close := closest(name, known):
+        return f"\n  did you mean {close[0]}?"
+    if why := other_names.why_not_needed(name):
+        return f"\n  {why}"
+    return f"\n  python {prog} --help lists them"
+
+
+def meant(name: str, known) -> list[str]:
+    """The known name that an unknown one stands for, as far as it can be told."""
+    found = other_names.look_up(name, known)
+    return [found.split(":")[0]] if found else closest(name, known)
 
 
 def closest(name: str, known) -> list[str]:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    """The known name that is spelled almost so, if there is one."""
+    bare = {other.lstrip("-").replace("-", "_"): other for other in known}
+    word = name.lstrip("-").replace("-", "_").lower()
+    return [bare[match] for match in difflib.get_close_matches(word, bare, n=1, cutoff=0.75)]
 
 
 def shown(value) -> str:
