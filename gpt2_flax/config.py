@@ -12,7 +12,7 @@ from typing import Literal
 
 import yaml
 
-from gpt2_flax import durations
+from gpt2_flax import command_names, durations, recipes
 from gpt2_flax.errors import UserError
 from gpt2_flax.settings import (
     ArgumentParser,
@@ -213,7 +213,9 @@ class TrainConfig:
     )
 
     # Run
-    config: str = setting("", "YAML file of settings; flags are read after it")
+    config: str = setting(
+        "", "YAML file of settings, or the name of a recipe in configs/; flags are read after it"
+    )
     output_dir: str = setting("./model_output", "where checkpoints, logs and the model go")
     resume: Literal["auto", "never", "require"] = setting(
         "auto", "continue the run in output_dir: if there is one, never, or else stop"
@@ -312,7 +314,7 @@ def load_config(argv: list[str]) -> TrainConfig:
     parsed, unknown = parser.parse_known_args(argv)
     given = vars(parsed)
     faults = parser.describe_unknown(unknown)
-    path = given.get("config")
+    path = recipes.find(given.get("config", ""))
     raw, yaml_faults = read_yaml(path, FLAGS_ONLY) if path else ({}, [])
     values, value_faults = convert(raw, TrainConfig, lambda name: f"{path}: {name}")
     flags, flag_faults = convert(given, TrainConfig, lambda name: f"--{name}")
@@ -343,7 +345,7 @@ def load_config(argv: list[str]) -> TrainConfig:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="scripts/train.py",
+        prog=command_names.prog("train"),
         description="Train GPT-2 from text to a model that PyTorch opens.",
         allow_abbrev=False,
         formatter_class=wide_help,
