@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,8 @@ class FlaxGPT2PreTrainedModel:
     config_class = transformers.GPT2Config
     base_model_prefix = "transformer"
     main_input_name = "input_ids"
-    module_class = None
-    _auto_class = None
+    module_class: Any = None
+    _auto_class: str | None = None
     _missing_keys: frozenset | set = frozenset()
 
     def __init__(
@@ -424,7 +425,8 @@ class FlaxGPT2PreTrainedModel:
                 f"from_pretrained got unknown arguments {', '.join(unknown)}: settings neither of"
                 f" GPT2Config, nor of generation, nor of {cls.__name__}"
             )
-        model = cls(config, *model_args, dtype=dtype, _do_init=False, **kwargs)
+        options = {"dtype": dtype, "_do_init": False, **kwargs}
+        model = cls(config, *model_args, **options)
         model._is_initialized = do_init
         if checkpoint_step is None:
             leaves = weights.read(get, where if has is None else beside.where, from_pt, has)
@@ -477,6 +479,7 @@ class FlaxGPT2PreTrainedModel:
         if path is not None:
             self.generation_config = read_generation_config(path)
         if settings:
+            assert self.generation_config is not None  # as can_generate() says
             self.generation_config.update(**settings)
 
     def save_pretrained(
