@@ -246,7 +246,7 @@ def shown(value: float) -> str:
 
 def open_text(settings: dict):
     """(config, source, tokenizer) of the text that is measured."""
-    from gpt2_flax.config import TrainConfig, find_faults
+    from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig, find_faults
     from gpt2_flax.data import opening
 
     text: dict[str, Any] = {"dataset": EMBEDDED_DATASET}

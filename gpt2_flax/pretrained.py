@@ -57,7 +57,7 @@ class FlaxGPT2PreTrainedModel:
         config: transformers.GPT2Config,
         input_shape: tuple = (1, 1),
         seed: int = 0,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: jax.typing.DTypeLike = jnp.float32,
         _do_init: bool = True,
         *,
         params: dict | None = None,
@@ -356,7 +356,7 @@ class FlaxGPT2PreTrainedModel:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: jax.typing.DTypeLike = jnp.float32,
         *model_args,
         config=None,
         cache_dir=None,
