@@ -199,6 +199,7 @@ def test_left_padded_prompts_give_what_each_alone_gives(trained, options):
     padded[3] = prompts[3]
     mask = padded != LINE_END
     mask[:, 3:] = True
+    padded[:3, :3] = prompts[4:7, :3]  # what is masked may be anything
     together = ours.generate(padded.tolist(), attention_mask=mask, **options).sequences
     as_ints = ours.generate(padded, attention_mask=jnp.asarray(mask, jnp.int32), **options)
     np.testing.assert_array_equal(together, as_ints.sequences)

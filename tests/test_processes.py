@@ -537,3 +537,9 @@ def test_meta_is_read_without_orbax(tmp_path):
     (tmp_path / "meta" / "metadata").write_text("[1]")
     with pytest.raises(ValueError, match="no JSON object"):
         checkpoint_files.read_meta(tmp_path)
+
+
+def test_a_process_that_differs_from_the_first_is_refused(monkeypatch):
+    monkeypatch.setattr(processes, "gather", lambda about: [about, about | {"its text": "b"}])
+    with pytest.raises(errors.UserError, match="process 1 differs from process 0 in its text"):
+        processes.check_alike({"its text": "a", "its model": {}})

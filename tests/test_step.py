@@ -439,3 +439,34 @@ def test_a_model_that_keeps_little_takes_less_memory(tiny_config):
         return program.memory_analysis().temp_size_in_bytes
 
     assert planned(True) < 0.85 * planned(False)
+
+
+def test_dropout_is_another_in_each_step(tiny_config):
+    optimizer, module = make_optimizer(), FlaxGPT2LMHeadModule(tiny_config(resid_pdrop=0.5))
+    state = step.init_state(jax.random.key(0), module, optimizer)
+    update = jax.jit(functools.partial(step.train_step, model=module, optimizer=optimizer, seed=3))
+    batch = jax.tree.map(lambda x: x[None], next(random_batches(4, 1)))
+    first, second, again = (
+        update(state._replace(step=jnp.int32(n)), batch)[1]["loss_sum"] for n in (0, 1, 0)
+    )
+    assert first == again != second
+
+
+def test_an_error_of_the_thread_that_makes_batches_is_raised_in_its_place():
+    def items():
+        yield from (1, 2)
+        raise ValueError("no third")
+
+    ready = parallel.prefetch(items(), lambda n: 10 * n)
+    assert [next(ready), next(ready)] == [10, 20]
+    with pytest.raises(ValueError, match="no third"):
+        next(ready)
+
+
+def test_a_device_whose_copy_differs_is_named():
+    devices = jax.devices()
+    values = [np.arange(5, dtype=np.float32) + (n == 2) for n in range(len(devices))]
+    copies = list(map(jax.device_put, values, devices))
+    tree = jax.make_array_from_single_device_arrays((5,), parallel.replicated(), copies)
+    assert parallel.differing_replicas({"a": tree}) == [devices[2]]
+    assert parallel.differing_replicas({"a": parallel.replicate(lambda: jnp.ones(5))}) == []
