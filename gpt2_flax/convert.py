@@ -43,7 +43,7 @@ class Source(NamedTuple):
     """A model as it was read. leaves: numpy arrays by path, of the types in the files."""
 
     name: str
-    model_class: type
+    model_class: type[pretrained.FlaxGPT2PreTrainedModel]
     config: transformers.GPT2Config
     generation_config: transformers.GenerationConfig | None
     leaves: dict[tuple[str, ...], np.ndarray]
@@ -135,6 +135,8 @@ def read_source(source, step: int | None, from_pt: bool, **where) -> Source:
         layout = weights.SAFETENSORS
         from_pt = from_pt and (get(layout.file) or get(layout.index)) is not None
         leaves = weights.read(get, name, from_pt, None if path.is_file() else place.has)
+        has_head = model_class.can_generate()
+        leaves, config = weights.settle_head(leaves, config, name, has_head)
     leaves = complete(leaves, model_class(config, _do_init=False).params_shape_tree, name)
     return Source(
         name, model_class, config, read_generation(place, config, model_class), leaves,
@@ -149,7 +151,7 @@ def read_step(directory: pathlib.Path):
     return config, {path: np.asarray(leaf) for path, leaf in leaves.items()}
 
 
-def class_of(place) -> type:
+def class_of(place) -> type[pretrained.FlaxGPT2PreTrainedModel]:
     """The class whose files these are: with a head, unless config.json says otherwise."""
     named = read_json(place.get(CONFIG_FILE)).get("architectures")
     headless = named in (["GPT2Model"], ["FlaxGPT2Model"])

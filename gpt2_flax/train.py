@@ -16,6 +16,7 @@ import yaml
 
 from gpt2_flax import (
     checkpoint,
+    command_names,
     compilation_cache,
     curves,
     dry_run,
@@ -129,6 +130,7 @@ def train(config: TrainConfig) -> int:
         if not continuing:
             watch = cleanup.enter_context(processes.watching(output_dir, config))
             checkpoints = open_checkpoints(config, output_dir, cleanup)
+        assert checkpoints is not None
 
         # -------------------------------------------------------- restore
         state, steps_made, meta = restore(
@@ -277,7 +279,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
                 f"the run in {config.output_dir} is at step {steps_made} already, past"
                 f" the {run.total_steps} that are asked for\n"
                 "  raise --max_steps or --epochs; any of its checkpoints can be converted:"
-                " scripts/convert.py"
+                f" {command_names.prog('convert')}"
             )
         for what, fingerprint in data.items():
             if meta["data"][what] != fingerprint:

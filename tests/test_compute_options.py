@@ -47,7 +47,8 @@ def assert_alike(got, expected, rtol=1e-5):
 # ---------------------------------------------------------------- layers in a scan
 
 
-@pytest.mark.slow(but_every=9)
+@pytest.mark.thorough(but_every=4)
+@pytest.mark.slow(but_every=12)
 @pytest.mark.parametrize("config", [{}, DROPOUT, {"n_inner": 7, "n_layer": 3}], ids=str)
 @pytest.mark.parametrize(
     "fields",
@@ -114,6 +115,7 @@ def test_a_scan_gathers_shards_layer_by_layer(tiny_config, monkeypatch):
 # ---------------------------------------------------------------- one layer traced for all
 
 
+@pytest.mark.thorough(but_every=4)
 @pytest.mark.slow(but_every=20)
 @pytest.mark.parametrize(
     "config",
@@ -269,7 +271,9 @@ def instructions(compiled) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)]
+)
 def test_on_one_device_pmap_and_jit_run_the_same_program(tiny_config, monkeypatch, dtype):
     monkeypatch.setattr(devices, "_imagined", jax.devices()[:1])
     programs = []

@@ -118,7 +118,8 @@ def test_bytes_of_a_device_fall_with_their_number(tiny_config, monkeypatch):
         assert held[n] < 1.2 * held[1] / n, held
 
 
-@pytest.mark.slow(but_every=4)
+@pytest.mark.thorough(but_every=3)
+@pytest.mark.slow(but_every=6)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("rate", [0.0, 0.2], ids=["plain", "dropout"])
 def test_losses_are_those_of_pmap(tiny_config, rate, micro_batches):
@@ -141,7 +142,7 @@ def test_losses_are_those_of_pmap(tiny_config, rate, micro_batches):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
-    ["adafactor", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "sgd"))],
+    ["adafactor", "muon", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("lion", "sgd"))],
 )
 def test_every_optimizer_sees_whole_arrays(tiny_config, optimizer):
     config, batches = tiny_config(n_embd=24), list(random_batches(16, 4))
@@ -154,9 +155,9 @@ def test_every_optimizer_sees_whole_arrays(tiny_config, optimizer):
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.thorough),
         {"attention_checkpointing": True},
-        pytest.param({"keeps_little": True}, marks=pytest.mark.slow),
+        pytest.param({"keeps_little": True}, marks=pytest.mark.thorough),
         {"pad_vocab_to_multiple_of": 16},
         {"gradient_checkpointing": True, "keeps_little": True},
     ],

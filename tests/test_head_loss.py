@@ -26,7 +26,8 @@ def plain_loss_sum(params, batch, model):
     return jnp.where(jnp.arange(T)[None, :] < batch.length_B[:, None], loss, 0.0).sum()
 
 
-@pytest.mark.slow(but_every=7)
+@pytest.mark.thorough(but_every=3)
+@pytest.mark.slow(but_every=9)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("multiple", [1, 20], ids=["V", "padded"])
 @pytest.mark.parametrize("at_once", [None, 1, 2, 3, 9])

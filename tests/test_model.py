@@ -415,14 +415,14 @@ def test_hidden_states_and_attentions_are_pytorchs(tiny_config):
     "changes",
     [
         pytest.param({}, id="self"),
-        pytest.param({"add_cross_attention": True}, id="cross", marks=pytest.mark.slow),
+        pytest.param({"add_cross_attention": True}, id="cross", marks=pytest.mark.thorough),
     ],
 )
 @pytest.mark.parametrize(
     ("kind", "share", "attn_pdrop"),
     [
         ("gradient_checkpointing", 0.6, 0.0),
-        pytest.param("attention_checkpointing", 0.7, 0.0, marks=pytest.mark.slow),
+        pytest.param("attention_checkpointing", 0.7, 0.0, marks=pytest.mark.thorough),
         ("attention_checkpointing", 0.7, 0.3),
     ],
 )

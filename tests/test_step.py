@@ -119,7 +119,8 @@ def one_device(request, tiny_config):
     return config, batches, losses
 
 
-@pytest.mark.slow(but_every=4)
+@pytest.mark.thorough(but_every=3)
+@pytest.mark.slow(but_every=6)
 @pytest.mark.parametrize(
     ("engine", "micro_batches"), [("pmap", 1), ("pmap", 2), ("jit", 1), ("jit", 2)]
 )
@@ -160,7 +161,7 @@ def test_accumulated_micro_batches_are_one_batch(tiny_config, parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adafactor", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["adafactor", pytest.param("muon", marks=pytest.mark.thorough)])
 def test_other_optimizers_accumulate_and_shard_alike(tiny_config, monkeypatch, name):
     """One device, and eight with two micro-batches under each engine.
 
@@ -339,7 +340,8 @@ def padded_train_step(state, batch, *, model, **fixed):
     return step.train_step(state, batch, model=model, **fixed)
 
 
-@pytest.mark.slow(but_every=8)
+@pytest.mark.thorough(but_every=3)
+@pytest.mark.slow(but_every=9)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 # The same products, summed up in another order: in bfloat16 that may turn a rounding.
@@ -395,7 +397,8 @@ def test_the_compiled_steps_have_the_padded_size(tiny_config, engine):
             assert {31, 40} & {int(n) for shape in shapes for n in shape.split(",")} == sizes
 
 
-@pytest.mark.slow(but_every=8)
+@pytest.mark.thorough(but_every=3)
+@pytest.mark.slow(but_every=9)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rate", [0.0, 0.3], ids=["plain", "dropout"])
 @pytest.mark.parametrize("changes", [{}, {"add_cross_attention": True}], ids=["self", "cross"])

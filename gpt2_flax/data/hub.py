@@ -9,6 +9,7 @@ import threading
 import urllib.error
 import urllib.request
 
+from gpt2_flax.command_names import typed
 from gpt2_flax.errors import UserError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -78,7 +79,7 @@ def answers(url: str) -> bool:
     return answered.is_set()
 
 
-def hub_error(what: str, error: Exception) -> UserError:
+def hub_error(what: str, error: BaseException) -> UserError:
     """The error for something that could not be had from the hub, with the ways on."""
     if not reachable():
         reason = f"the hub {endpoint()} cannot be reached and it is not in the cache"
@@ -88,5 +89,5 @@ def hub_error(what: str, error: Exception) -> UserError:
         f"{what}: {reason}\n"
         "  ways on without the hub: --train_file FILE with --tokenizer bpe:8192, bytes or a"
         " local directory,\n"
-        "  or the quickstart: python scripts/train.py --config configs/quickstart.yaml"
+        f"  or the quickstart: {typed('train')} --config quickstart"
     )
