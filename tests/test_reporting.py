@@ -199,11 +199,3 @@ def test_a_run_ends_with_its_report_its_card_and_a_summary_each_time(run, text, 
     assert run(output_dir, "--max_steps", "4", "--sample_prompt", "milk") == 0
     assert (output_dir / "README.md").read_text() == "mine"
     assert "README.md is somebody's own" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["samples.txt", "report.html"])
-def test_a_file_of_somebody_s_own_is_not_overwritten(name, run, tmp_path):
-    (tmp_path / name).write_text("precious")
-    with pytest.raises(UserError, match=f"holds {re.escape(name)} but no config.yaml"):
-        run(tmp_path)
-    assert (tmp_path / name).read_text() == "precious"
