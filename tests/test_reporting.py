@@ -144,11 +144,6 @@ def test_a_trace_of_steps_of_a_resumed_run(run, tmp_path, monkeypatch, capsys):
     assert "these steps were made before; nothing is traced" in capsys.readouterr().err
 
 
-def test_steps_that_the_run_does_not_have_are_refused(run, tmp_path):
-    with pytest.raises(UserError, match=r"profile 2:90 goes beyond the run's \d+ steps"):
-        run(tmp_path, "--max_steps", "0", "--epochs", "0.1", "--profile", "2:90")
-
-
 # ---------------------------------------------------------------- reporters
 
 

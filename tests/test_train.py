@@ -34,7 +34,7 @@ from gpt2_flax.train import train
 from tests.tiny_runs import TINY, assert_same_run, learned, stop_at
 
 
-def test_a_run_leaves_what_its_contract_says(finished_run):
+def test_a_finished_run_leaves_the_promised_files(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names >= {
         "config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "config.json",
@@ -74,7 +74,9 @@ def test_pytorch_opens_the_run_with_our_weights_bitwise(finished_run):
 
 @pytest.mark.slow(but_every=2)
 @pytest.mark.parametrize("stops", [(4,), (5, 6)], ids=["once", "twice"])
-def test_a_stopped_run_goes_on_bitwise(train_tiny, finished_run, tmp_path, monkeypatch, stops):
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one(
+    train_tiny, finished_run, tmp_path, monkeypatch, stops
+):
     """Stopped off the saving steps and inside a window of the log; dropout on."""
     output_dir = tmp_path / "run"
     for step in stops:
@@ -254,7 +256,7 @@ def test_a_damaged_short_step_is_made_again(train_tiny, tmp_path, capsys):
     assert f"checkpoint {steps[-1]} is damaged (state/" in capsys.readouterr().err
 
 
-def test_a_stop_outlives_the_reader_of_its_words(train_tiny, tmp_path, monkeypatch):
+def test_a_stopped_run_is_saved_though_nobody_reads_its_output(train_tiny, tmp_path, monkeypatch):
     """Ctrl-C in `train.py 2>&1 | tee log` also ends tee."""
 
     def broken(*words):
