@@ -144,11 +144,6 @@ def test_a_trace_of_steps_of_a_resumed_run(run, tmp_path, monkeypatch, capsys):
     assert "these steps were made before; nothing is traced" in capsys.readouterr().err
 
 
-def test_steps_that_the_run_does_not_have_are_refused(run, tmp_path):
-    with pytest.raises(UserError, match=r"profile 2:90 goes beyond the run's \d+ steps"):
-        run(tmp_path, "--max_steps", "0", "--epochs", "0.1", "--profile", "2:90")
-
-
 # ---------------------------------------------------------------- reporters
 
 
@@ -199,11 +194,3 @@ def test_a_run_ends_with_its_report_its_card_and_a_summary_each_time(run, text, 
     assert run(output_dir, "--max_steps", "4", "--sample_prompt", "milk") == 0
     assert (output_dir / "README.md").read_text() == "mine"
     assert "README.md is somebody's own" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["samples.txt", "report.html"])
-def test_a_file_of_somebody_s_own_is_not_overwritten(name, run, tmp_path):
-    (tmp_path / name).write_text("precious")
-    with pytest.raises(UserError, match=f"holds {re.escape(name)} but no config.yaml"):
-        run(tmp_path)
-    assert (tmp_path / name).read_text() == "precious"

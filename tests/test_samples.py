@@ -40,22 +40,16 @@ def make_sampler(config, prompt="AB", n_tokens=15, seed=3):
     return Sampler(config, jnp.float32, Letters(), prompt, n_tokens, seed)
 
 
-def test_a_sample_is_a_function_of_parameters_seed_and_step(config, params):
+def test_a_sample_depends_on_parameters_seed_and_step_and_is_compiled_once(config, params):
     sampler = make_sampler(config)
+    before = decoding.decode_compiled._cache_size()
     texts = [sampler.sample(params, step) for step in (5, 6)]
     assert all(text.startswith("AB") for text in texts)
     assert len(set(texts)) == 2
+    assert sampler.sample(jax.tree.map(jnp.negative, params), 5) != texts[0]
+    assert decoding.decode_compiled._cache_size() == before + 1
     assert make_sampler(config).sample(params, 5) == texts[0]
     assert make_sampler(config, seed=4).sample(params, 5) != texts[0]
-    assert sampler.sample(jax.tree.map(jnp.negative, params), 5) != texts[0]
-
-
-def test_a_sample_is_compiled_once(config, params):
-    sampler = make_sampler(config, n_tokens=11)
-    before = decoding.decode_compiled._cache_size()
-    for step in range(4):
-        sampler.sample(jax.tree.map(lambda leaf, step=step: leaf + step, params), step)
-    assert decoding.decode_compiled._cache_size() == before + 1
 
 
 @pytest.mark.slow

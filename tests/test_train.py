@@ -34,7 +34,7 @@ from gpt2_flax.train import train
 from tests.tiny_runs import TINY, assert_same_run, learned, stop_at
 
 
-def test_a_run_leaves_what_its_contract_says(finished_run):
+def test_a_finished_run_leaves_the_promised_files(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names >= {
         "config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "config.json",
@@ -74,7 +74,9 @@ def test_pytorch_opens_the_run_with_our_weights_bitwise(finished_run):
 
 @pytest.mark.slow(but_every=2)
 @pytest.mark.parametrize("stops", [(4,), (5, 6)], ids=["once", "twice"])
-def test_a_stopped_run_goes_on_bitwise(train_tiny, finished_run, tmp_path, monkeypatch, stops):
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one(
+    train_tiny, finished_run, tmp_path, monkeypatch, stops
+):
     """Stopped off the saving steps and inside a window of the log; dropout on."""
     output_dir = tmp_path / "run"
     for step in stops:
@@ -254,7 +256,7 @@ def test_a_damaged_short_step_is_made_again(train_tiny, tmp_path, capsys):
     assert f"checkpoint {steps[-1]} is damaged (state/" in capsys.readouterr().err
 
 
-def test_a_stop_outlives_the_reader_of_its_words(train_tiny, tmp_path, monkeypatch):
+def test_a_stopped_run_is_saved_though_nobody_reads_its_output(train_tiny, tmp_path, monkeypatch):
     """Ctrl-C in `train.py 2>&1 | tee log` also ends tee."""
 
     def broken(*words):
@@ -288,14 +290,6 @@ def test_what_a_stop_left_unevaluated_may_be_the_best(train_tiny, tmp_path, monk
 
 def saved_steps(output_dir) -> list[int]:
     return sorted(int(path.name) for path in (output_dir / "checkpoints").glob("[0-9]*"))
-
-
-def test_a_directory_with_settings_of_something_else_is_left_alone(train_tiny, tmp_path):
-    for name, words in (("config.yaml", "model: {name: mine}"), ("model.safetensors", "mine")):
-        (tmp_path / name).write_text(words)
-    with pytest.raises(UserError, match=r"holds a config\.yaml that is not of this trainer"):
-        train_tiny(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model.safetensors"]
 
 
 def test_a_full_disk_at_the_start_leaves_nothing_half(train_tiny, tmp_path, monkeypatch):
@@ -339,31 +333,56 @@ def test_the_tokenizer_is_not_written_over_what_is_there_but_comes_back(
     assert (tmp_path / "tokenizer.json").read_bytes() == written
 
 
-def test_a_tokenizer_is_somebody_elses_but_after_a_killed_start(train_tiny, tmp_path):
+def test_a_foreign_tokenizer_is_refused_unless_a_killed_start_left_it(
+    train_tiny, tmp_path, monkeypatch
+):
     (tmp_path / "tokenizer.json").write_text("mine")
     with pytest.raises(UserError, match=r"holds tokenizer\.json but no config\.yaml"):
         train_tiny(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     (tmp_path / ".lock").write_text("")
-    assert train_tiny(tmp_path) == 0
+    stop_at(monkeypatch, 1)
+    assert train_tiny(tmp_path) == 143
 
 
-def test_a_changed_text_is_refused(train_tiny, tiny_text, tmp_path):
+def test_a_changed_text_is_refused(train_tiny, tiny_text, tmp_path, monkeypatch):
     own = tmp_path / "text.txt"
     shutil.copy(tiny_text, own)
-    assert train_tiny(tmp_path / "run", "--train_file", str(own), "--max_steps", "2") == 0
+    stop_at(monkeypatch, 1)
+    assert train_tiny(tmp_path / "run", "--train_file", str(own)) == 143
     own.write_text(own.read_text() + " more")
     with pytest.raises(UserError, match="the text is not the one"):
-        train_tiny(tmp_path / "run", "--train_file", str(own), "--max_steps", "2")
+        train_tiny(tmp_path / "run", "--train_file", str(own))
 
 
-def test_a_directory_of_somebody_elses_is_left_alone(train_tiny, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"holds model\.safetensors but no config.yaml"):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model.safetensors"], r"holds model\.safetensors but no config\.yaml"),
+        (["samples.txt"], r"holds samples\.txt but no config\.yaml"),
+        (["report.html"], r"holds report\.html but no config\.yaml"),
+        (
+            ["config.yaml", "model.safetensors"],
+            r"a config\.yaml that is not of this trainer",
+        ),
+    ],
+    ids=str,
+)
+def test_files_that_this_trainer_did_not_write_are_left_alone(
+    train_tiny, tmp_path, names, message
+):
+    for name in names:
+        (tmp_path / name).write_text("model: {name: mine}")
+    with pytest.raises(UserError, match=message):
         train_tiny(tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"model: {name: mine}"}
+
+
+def test_a_file_is_no_output_directory_and_nothing_is_nothing_to_resume(train_tiny, tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
-        train_tiny(tmp_path / "model.safetensors")
+        train_tiny(tmp_path / "file")
     with pytest.raises(CheckpointError, match="holds no run to resume"):
         train_tiny(tmp_path / "nothing", "--resume", "require")
     assert not (tmp_path / "nothing").exists()
@@ -555,13 +574,13 @@ def test_batch_size_auto_counts_the_bytes_of_one_device(train_tiny, tmp_path, mo
     assert logits < planned[0] < 8 * logits
 
 
-def test_devices_that_cannot_make_up_a_run_s_steps_are_told_with_auto_as_well(
-    train_tiny, tmp_path, monkeypatch
+def test_devices_that_cannot_make_up_a_run_s_steps_are_refused_with_auto_too(
+    train_tiny, finished_run, tmp_path, monkeypatch
 ):
-    assert train_tiny(tmp_path, "--max_steps", "2") == 0  # 8 rows a step
+    shutil.copytree(finished_run, tmp_path / "run")  # 8 rows a step
     monkeypatch.setattr(devices, "count", lambda: 16)
     with pytest.raises(UserError, match=r"steps have 8 rows; 16 devices x batch_size 1 cannot"):
-        train_tiny(tmp_path, "--max_steps", "4", "--batch_size", "auto")
+        train_tiny(tmp_path / "run", "--max_steps", "15", "--batch_size", "auto")
 
 
 @pytest.mark.parametrize("when", ["compile_train_step", "put_batch"])
