@@ -299,9 +299,8 @@ def test_documents_over_real_block_sizes(tmp_path):
         assert shares == sorted(shares) and shares[-1] == 1.0 and shares[0] < 0.3
 
 
-@pytest.mark.parametrize("separator", ["blank_line", "<>"])
-def test_white_space_before_and_behind_is_a_document_s(tmp_path, piece_chars, separator):
-    between = {"blank_line": "\n\n", "<>": "<>"}[separator]
+@pytest.mark.parametrize(("separator", "between"), [("blank_line", "\n\n"), ("<>", "<>")])
+def test_white_space_around_a_document_is_kept(tmp_path, piece_chars, separator, between):
     texts = [" " * 150 + "a" + "\t" * 150, "b" + " " * 300]
     source = Files([write(tmp_path / "a.txt", between.join([*texts, " " * 400]))], Text(separator))
     assert documents(source, CUTS) == texts
@@ -375,11 +374,15 @@ def write_jsonl(path, rows):
     return write(path.with_name(f"{path.stem}.jsonl{path.suffix}"), "\n".join(lines))
 
 
-def write_parquet(path, texts, kind=None, rows_in_a_group=3):
-    table = pyarrow.table({"n": range(len(texts)), "text": pyarrow.array(texts, kind)})
+def parquet(rows_in_a_group=3, **columns) -> bytes:
+    """The content of a Parquet file with these columns."""
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink, row_group_size=rows_in_a_group)
-    content = sink.getvalue().to_pybytes()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink, row_group_size=rows_in_a_group)
+    return sink.getvalue().to_pybytes()
+
+
+def write_parquet(path, texts, kind=None, rows_in_a_group=3):
+    content = parquet(rows_in_a_group, n=range(len(texts)), text=pyarrow.array(texts, kind))
     return write(path.with_name(f"{path.stem}.parquet{path.suffix}"), content)
 
 
@@ -522,12 +525,6 @@ def test_a_line_of_json_that_cannot_be_used_is_numbered(tmp_path, line, message,
         list(Files([path], JsonLines("text")).pieces(0, CUTS))
 
 
-def parquet_of(folder, **columns) -> pathlib.Path:
-    path = folder / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return path
-
-
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -548,42 +545,34 @@ def parquet_of(folder, **columns) -> pathlib.Path:
 )
 def test_a_column_of_parquet_that_holds_no_text_is_named(tmp_path, columns, message):
     reader = Parquet("text", tmp_path)
-    path = parquet_of(tmp_path, **columns)
+    path = write(tmp_path / "a.parquet", parquet(**columns))
     for read in (lambda: list(Files([path], reader).pieces(0, CUTS)), lambda: reader.size(path)):
         with refused(message):
             read()
 
 
 def damaged_parquet():
-    sink = pyarrow.BufferOutputStream()
-    table = pyarrow.table({"text": [f"{n} letters" for n in range(5_000)]})
-    pyarrow.parquet.write_table(table, sink, row_group_size=999)
-    good = sink.getvalue().to_pybytes()
+    good = parquet(999, text=[f"{n} letters" for n in range(5_000)])
+    not_utf8 = pyarrow.array([b"caf\xe9"]).cast(pyarrow.string(), safe=False)
     turned = bytearray(good)
     turned[100:200] = bytes(100)
     return {
         "first byte": good[:1], "half": good[: len(good) // 2], "all but one": good[:-1],
         "end alone": good[-2_000:], "text": b"text " * 99, "a hole in it": bytes(turned),
+        "not UTF-8": parquet(text=not_utf8),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize(("content"), damaged_parquet().values(), ids=damaged_parquet())
-def test_parquet_that_is_damaged_is_named(tmp_path, content, suffix):
+@pytest.mark.parametrize(("damage", "content"), damaged_parquet().items(), ids=damaged_parquet())
+def test_parquet_that_is_damaged_is_named(tmp_path, damage, content, suffix):
     path = write(tmp_path / f"a.parquet{suffix}", content)
+    cause = r"'utf-8' codec can't decode" if damage == "not UTF-8" else r"\S"
     with refused(
-        rf"^\S*a\.parquet{suffix} is no Parquet file that can be read: \S.*\n  fetch it again$"
+        rf"^\S*a\.parquet{suffix} is no Parquet file that can be read: {cause}.*\n"
+        r"  fetch it again$"
     ):
         list(Files([path], Parquet("text", tmp_path / "cache")).pieces(0, CUTS))
-
-
-def test_text_in_parquet_that_is_not_utf8_is_named(tmp_path):
-    wrong = pyarrow.array([b"caf\xe9"]).cast(pyarrow.string(), safe=False)
-    path = parquet_of(tmp_path, text=wrong)
-    with refused(
-        r"^\S*a\.parquet is no Parquet file that can be read: 'utf-8' codec can't decode"
-    ):
-        list(Files([path], Parquet("text", tmp_path)).pieces(0, CUTS))
 
 
 def test_packed_parquet_that_is_damaged_is_named(tmp_path):
@@ -596,17 +585,9 @@ def test_packed_parquet_that_is_damaged_is_named(tmp_path):
 # ---------------------------------------------------------------- several files
 
 
-@pytest.fixture
-def three_files(tmp_path):
-    texts = [
-        "".join(f"{name}{n} w\n" for n in range(size))
-        for name, size in zip("abc", (7, 90, 13), strict=True)
-    ]
-    return texts, [write(tmp_path / f"{n}.txt", text) for n, text in enumerate(texts)]
-
-
-def test_each_file_is_a_document(three_files, piece_chars):
-    texts, paths = three_files
+def test_each_file_is_a_document(tmp_path, piece_chars):
+    texts = ["".join(f"{size} {n} w\n" for n in range(size)) for size in (7, 90, 13)]
+    paths = [write(tmp_path / f"{n}.txt", text) for n, text in enumerate(texts)]
     source = Files(paths[::-1], Text())
     assert documents(source, CUTS) == texts[::-1]
     check_restarts(source, CUTS)
@@ -937,7 +918,7 @@ def test_settings_reach_the_reader(tmp_path):
     for path, changes, expected in (
         (text, {"document_separator": "blank_line"} | replaced, ["one\ufffd", "two"]),
         (jsonl, body | replaced, ["one\ufffd"]),
-        (parquet_of(tmp_path, body=["one"]), body, ["one"]),
+        (write(tmp_path / "a.parquet", parquet(body=["one"])), body, ["one"]),
     ):
         config = TrainConfig(train_file=(str(path),), validation_share=0.0, **changes)
         assert documents(open_sources(config, tmp_path)[0], CUTS) == expected
