@@ -875,7 +875,7 @@ def test_open_sources_of_the_embedded_text(two_files, tmp_path):
     expected = python_sources()
     for changes, held_out in (
         ({}, expected[1].key),
-        ({"validation_file": (other,)}, Files([other], Text()).key),
+        ({"validation_file": (other,)}, Files([pathlib.Path(other)], Text()).key),
         ({"validation_share": 0.0}, None),
     ):
         parts = open_sources(TrainConfig(dataset=EMBEDDED_DATASET, **changes), tmp_path)
