@@ -41,10 +41,13 @@ def pool(tokenizer):
         yield pool
 
 
-def check_same(found, expected):
-    for ids, right in zip(found, expected, strict=True):
+def check_encoded(future, tokenizer, texts):
+    """That a process gives the ids that this one finds; they are returned."""
+    found = future.result(PATIENCE_SECONDS)
+    for ids, right in zip(found, tokenizer.encode_batch(texts), strict=True):
         assert ids.dtype == np.int32
         np.testing.assert_array_equal(ids, right)
+    return found
 
 
 def wait_until(holds):
@@ -69,7 +72,7 @@ def test_ids_are_those_of_this_process(tokenizer, pool):
     assert pool.processes == 2 == len(pool.workers)
     futures = [pool.submit(batch) for batch in BATCHES]
     for batch, future in zip(BATCHES, futures, strict=True):
-        check_same(future.result(PATIENCE_SECONDS), tokenizer.encode_batch(batch))
+        check_encoded(future, tokenizer, batch)
 
 
 def with_ids_over_two_bytes():
@@ -84,8 +87,8 @@ def with_ids_over_two_bytes():
 def test_any_tokenizer_works(make):
     tokenizer = make()
     with EncodePool(tokenizer, 1) as pool:
-        found = pool.submit(["the cab", fuzz(1)]).result(PATIENCE_SECONDS)
-    check_same(found, tokenizer.encode_batch(["the cab", fuzz(1)]))
+        batch = ["the cab", fuzz(1)]
+        found = check_encoded(pool.submit(batch), tokenizer, batch)
     if make is with_ids_over_two_bytes:
         assert 70_000 in found[0]
 
@@ -101,7 +104,7 @@ def test_all_processes_work(tokenizer, pool):
 
     pool.ask = ask_together
     for future in [pool.submit(["text"]) for _ in range(4)]:
-        check_same(future.result(PATIENCE_SECONDS), tokenizer.encode_batch(["text"]))
+        check_encoded(future, tokenizer, ["text"])
 
 
 # ---------------------------------------------------------------- the program itself
@@ -158,8 +161,7 @@ def test_what_a_library_prints_is_not_taken_for_an_answer(tokenizer, tmp_path, m
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with EncodePool(tokenizer, 1) as pool:
-        found = pool.submit(["text"]).result(PATIENCE_SECONDS)
-    check_same(found, tokenizer.encode_batch(["text"]))
+        check_encoded(pool.submit(["text"]), tokenizer, ["text"])
     assert "hello" in capfd.readouterr().err
 
 
@@ -171,13 +173,13 @@ def test_what_goes_wrong_in_a_process_is_said_here(tokenizer, pool, monkeypatch)
     with pytest.raises(RuntimeError, match=r"^a process that tokenizes failed: TypeError: .*u16"):
         pool.submit(["text"]).result(PATIENCE_SECONDS)
     monkeypatch.undo()
-    check_same(pool.submit(["text"]).result(PATIENCE_SECONDS), tokenizer.encode_batch(["text"]))
+    check_encoded(pool.submit(["text"]), tokenizer, ["text"])
 
 
 def test_text_that_is_no_unicode_is_refused_and_the_next_is_encoded(tokenizer, pool):
     with pytest.raises(UnicodeEncodeError):
         pool.submit(["\ud800"]).result(PATIENCE_SECONDS)
-    check_same(pool.submit(["text"]).result(PATIENCE_SECONDS), tokenizer.encode_batch(["text"]))
+    check_encoded(pool.submit(["text"]), tokenizer, ["text"])
 
 
 DIED = (
@@ -197,7 +199,7 @@ def test_a_process_that_is_killed_is_an_error_with_a_remedy(pool):
         pool.submit(["text"])
 
 
-def test_one_that_is_killed_at_work_ends_the_pool(tokenizer):
+def test_a_process_that_is_killed_at_work_ends_the_pool(tokenizer):
     """Not only what it worked on fails: nothing waits for ever."""
     with EncodePool(tokenizer, 1) as pool:
         os.kill(pool.workers[0].pid, signal.SIGSTOP)  # so that all have been submitted
@@ -255,7 +257,7 @@ def test_ctrl_c_and_sigterm_are_left_to_the_process_that_started_it(tokenizer, p
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
     for future in [pool.submit(["text"]) for _ in range(9)]:
-        check_same(future.result(PATIENCE_SECONDS), tokenizer.encode_batch(["text"]))
+        check_encoded(future, tokenizer, ["text"])
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")

@@ -17,7 +17,7 @@ import pytest
 
 from gpt2_flax.data import token_files
 from gpt2_flax.data.batches import StoredRows, StreamedRows
-from gpt2_flax.data.sources import Files, Text
+from gpt2_flax.data.sources import Files, Piece, Text
 from gpt2_flax.data.token_files import Ids, encode, id_files, split_ids, token_file
 from gpt2_flax.data.tokenizers import make_tokenizer
 from gpt2_flax.errors import StorageError, UserError
@@ -237,7 +237,7 @@ def test_text_that_cannot_be_read_is_not_blamed_on_the_folder(tmp_path):
 
 def test_a_text_of_white_space_alone_is_refused(tmp_path):
     source = Documents([])
-    source.parts = [source_piece(" \n"), source_piece("\t\u3000")]
+    source.parts = [Piece(text, 0, ends_document=True) for text in (" \n", "\t\u3000")]
     tokenizer = make_tokenizer("bytes", ())
     for part, where in ((None, ""), ((0.1, True, 7), " where it is held out")):
         source.part = part
@@ -247,12 +247,6 @@ def test_a_text_of_white_space_alone_is_refused(tmp_path):
         assert list(tmp_path.iterdir()) == []
         with pytest.raises(UserError, match=match):
             StreamedRows(source, tokenizer, True, 2, 0, True, 4).measure()
-
-
-def source_piece(text):
-    from gpt2_flax.data.sources import Piece
-
-    return Piece(text, 0, ends_document=True)
 
 
 # ---------------------------------------------------------------- several writers
@@ -284,7 +278,6 @@ def test_the_second_of_two_processes_waits_and_finds_it_made(tmp_path):
         assert first.stdout.readline() == "encoding\n"
         with start_writer(tmp_path, 0) as second:
             assert second.communicate()[0] == "done 51 0\n"
-            # Said while it waited, before it was done.
         assert first.communicate()[0] == "done 51 1\n"
     assert sorted(path.suffix for path in tmp_path.iterdir()) == SUFFIXES
 
@@ -311,7 +304,7 @@ def test_without_locks_nobody_removes_what_another_process_writes(tmp_path, monk
         first.kill()
 
 
-def test_the_lock_s_file_may_go_at_any_time(tmp_path, monkeypatch):
+def test_a_lock_holds_though_its_file_is_removed_meanwhile(tmp_path, monkeypatch):
     """Between opening it and looking whether it is still there, whoever had it removes it."""
     path, flock, taken = tmp_path / "lock", fcntl.flock, []
 
