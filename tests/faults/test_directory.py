@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 import re
+import shutil
 import signal
 import time
 
@@ -14,6 +15,7 @@ from gpt2_flax import run_directory, train
 from gpt2_flax.config import COMMAND_ONLY, FIELDS, FREE_ON_RESUME, load_config
 from gpt2_flax.errors import UserError
 from tests.faults.runs import SETTINGS, as_argv, wait_until_saved
+from tests.tiny_runs import TINY
 
 SECONDS = 5
 RUN = SETTINGS | {"max_steps": 20, "save_every": 5, "eval_every": 0}
@@ -38,12 +40,11 @@ def tree(folder: pathlib.Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(fork_server, text, tmp_path_factory):
+def finished(finished_run, tiny_text, tmp_path_factory):
+    """Settings of a run that is done."""
     output_dir = tmp_path_factory.mktemp("finished") / "run"
-    settings = RUN | {"train_file": text, "output_dir": output_dir}
-    run = fork_server.start(as_argv(settings))
-    assert run.wait() == 0, run.text()
-    return settings
+    shutil.copytree(finished_run, output_dir)
+    return load_config([*TINY, "--train_file", str(tiny_text), "--output_dir", str(output_dir)])
 
 
 @pytest.mark.slow
@@ -67,24 +68,21 @@ def test_a_second_trainer_is_told_who_is_there(fork_server, text, tmp_path):
     assert "continuing after step 10" in third.text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FIXED)
 def test_other_settings_are_refused_with_their_names(finished, name):
-    before = tree(finished["output_dir"])
-    config = load_config(as_argv(finished))
-    changed = dataclasses.replace(config, **{name: other_than(getattr(config, name))})
+    output_dir = pathlib.Path(finished.output_dir)
+    before = tree(output_dir)
+    changed = dataclasses.replace(finished, **{name: other_than(getattr(finished, name))})
     began = time.monotonic()
     with pytest.raises(UserError, match=rf"other settings: {name} \S+ -> .*\n  choose another"):
         train.train(changed)
     assert time.monotonic() - began < SECONDS
-    assert tree(finished["output_dir"]) == before
+    assert tree(output_dir) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FREE_ON_RESUME - {*COMMAND_ONLY, "output_dir"}))
 def test_what_may_change_may_change(finished, name):
-    config = load_config(as_argv(finished))
-    changed = dataclasses.replace(config, **{name: other_than(getattr(config, name))})
+    changed = dataclasses.replace(finished, **{name: other_than(getattr(finished, name))})
     assert run_directory.check(changed, pathlib.Path(changed.output_dir))
 
 

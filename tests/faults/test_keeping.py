@@ -8,7 +8,6 @@ import pytest
 from orbax.checkpoint import checkpoint_managers
 
 from gpt2_flax import checkpoint, train
-from gpt2_flax.config import load_config
 
 LOSSES = [1.0, 1.0, 2.0, 0.5, 3.25, -1.0, math.nan, math.inf, -math.inf, None]
 
@@ -74,22 +73,15 @@ def test_real_checkpoints_are_kept_so(tmp_path, thorough):
 
 
 @pytest.mark.slow
-def test_the_best_is_kept_also_where_no_save_was_due(tmp_path, monkeypatch):
-    """Saves are due at each third step, evaluations at each second."""
-    text = tmp_path / "text.txt"
-    text.write_text("tea milk sugar lemon honey " * 200)
+def test_the_best_is_kept_also_where_no_save_was_due(train_tiny, tmp_path, monkeypatch):
+    """Saves are due at each fourth step, evaluations at each second."""
     losses = iter([5.0, 4.0, 3.0, 6.0, 2.0, 7.0, math.nan, 3.5])  # 2, 4, 6, 8, 10, 12, ...
     monkeypatch.setattr(train, "held_out_loss", lambda *arguments: (next(losses), 99))
-    argv = ["--n_layers", "1", "--n_heads", "2", "--n_embd", "8", "--n_positions", "16",
-            "--block_size", "16", "--batch_size", "1", "--tokenizer", "bytes",
-            "--sample_tokens", "0", "--train_file", str(text), "--keep", "1",
-            "--eval_every", "2", "--save_every", "4"]  # fmt: skip
+    flags = ["--keep", "1", "--eval_every", "2", "--save_every", "4", "--max_steps"]
 
     def run(n_steps):
-        argv_of = [*argv, "--max_steps", str(n_steps), "--output_dir", str(tmp_path / "run")]
-        assert train.train(load_config(argv_of)) == 0
-        folder = tmp_path / "run" / "checkpoints"
-        return {int(path.name) for path in folder.iterdir()}
+        assert train_tiny(tmp_path / "run", *flags, str(n_steps)) == 0
+        return {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()}
 
     assert run(12) == {10, 12}
     assert run(16) == {10, 16}  # also after a resume: 3.5 is not the best

@@ -27,7 +27,7 @@ PATIENCE = 5  # seconds beside a step and a save, of which these are far below o
 
 @pytest.mark.slow
 def test_a_stop_at_any_instant_loses_no_step(fork_server, text, tmp_path, thorough):
-    n_stops = 50 if thorough else 6
+    n_stops = 50 if thorough else 4
     n_steps = 20 * n_stops
 
     def start(output_dir):
@@ -102,8 +102,9 @@ def test_a_stop_waits_for_few_steps(fork_server, text, tmp_path, most, long_step
     assert saved_steps(tmp_path / "run")[-1] == len(steps_of(tmp_path / "run")) <= made + most
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["while training", "while compiling"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("while training", marks=pytest.mark.slow), "while compiling"]
+)
 def test_a_second_ctrl_c_ends_at_once(fork_server, text, tmp_path, where):
     settings = SETTINGS | {"train_file": text, "output_dir": tmp_path / "run", "max_steps": 90}
     fault = ["hang_in_step", 12] if where == "while training" else ["hang_in_compilation"]
