@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from tests.faults.runs import is_saved
+
 EPOCHS, GLOBAL_BATCH = 3, 4
 SETTINGS = {
     "n_layers": 1, "n_heads": 2, "n_embd": 8, "n_positions": 32, "block_size": 32,
@@ -42,7 +44,7 @@ def read_ledger(output_dir) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_is_used_once_an_epoch_through_kills(fork_server, text, tmp_path, thorough, kind):
-    n_kills = 20 if thorough else 4
+    n_kills = 20 if thorough else 2
 
     def start(output_dir, devices):
         settings = SETTINGS | KINDS[kind] | {"train_file": text, "output_dir": output_dir}
@@ -72,6 +74,7 @@ def test_each_row_is_used_once_an_epoch_through_kills(fork_server, text, tmp_pat
     run = start(broken, devices=1)
     assert run.wait() == 0, run.text()
 
+    assert is_saved(broken, n_steps) and (broken / "model.safetensors").exists()
     ledger = read_ledger(broken)
     assert ledger == expected  # the order too, and each step once
     counts = collections.Counter((epoch, row) for line in ledger for epoch, row in line["rows"])
