@@ -73,8 +73,9 @@ def masks(rate, n_masks=40, shape=(2, 192, 320)):
     return (kept - (1.0 - rate)) / np.sqrt(rate * (1.0 - rate))
 
 
-@pytest.mark.slow(but_every=5)
-@pytest.mark.parametrize("rate", [0.01, 0.1, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "rate", [0.1, *(pytest.param(rate, marks=pytest.mark.slow) for rate in (0.01, 0.5))]
+)
 def test_masks_keep_their_share_and_lines_are_independent(rate):
     """Lines, columns and tiles: products of two are those of independent draws.
 
@@ -99,14 +100,13 @@ def test_masks_keep_their_share_and_lines_are_independent(rate):
         assert abs((others**2).mean() - 1.0) < 5 * error + 0.003
 
 
-@pytest.mark.slow
 def test_the_share_kept_is_right_for_every_rate():
     """By all 2**16 upper halves of a sum, each with some lower halves."""
     upper = np.arange(2**16, dtype=np.uint32) << 16
-    lower = np.random.default_rng(0).integers(0, 2**16, 4096, dtype=np.uint32)
-    rates = [0.001, 0.05, 0.1, 0.3, 0.5, 0.75, 0.999]
+    lower = np.random.default_rng(0).integers(0, 2**16, 256, dtype=np.uint32)
+    rates = [0.001, 0.1, 0.5, 0.999]
     kept = dict.fromkeys(rates, 0)
-    for part in np.split(lower, 16):
+    for part in np.split(lower, 256):
         for rate in rates:
             kept[rate] += int(np.asarray(dropout.is_kept(upper, part, rate)).sum())
     for rate, count in kept.items():

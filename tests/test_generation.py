@@ -3,6 +3,7 @@
 import copy
 import gc
 import pathlib
+import sysconfig
 import weakref
 
 import jax
@@ -61,7 +62,7 @@ def model(twin):
 @pytest.fixture(scope="module")
 def trained():
     """(our model, PyTorch's, 20 prompts of 6 bytes): trained on Python's source text."""
-    folder = pathlib.Path(pathlib.__file__).parent
+    folder = pathlib.Path(sysconfig.get_path("stdlib"))
     text = "".join((folder / f"{name}.py").read_text() for name in ("csv", "heapq", "calendar"))
     data = torch.tensor([b for b in text.encode() if b < 128])
     config = transformers.GPT2Config(
