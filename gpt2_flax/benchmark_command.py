@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 
+from gpt2_flax import command_names
 from gpt2_flax.errors import StorageError, UserError
 from gpt2_flax.settings import ArgumentParser
 
@@ -81,8 +82,12 @@ NUMBERS = {
 }
 
 
-def build_parser(prog: str, description: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=command_names.prog("benchmark"),
+        description="Measure the parts of training.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(ABOUT))
     for name, about in ABOUT.items():
         command = commands.add_parser(name, help=about, description=about)

@@ -12,15 +12,15 @@ from typing import Literal
 
 import yaml
 
-from gpt2_flax import durations
+from gpt2_flax import command_names, durations, recipes
 from gpt2_flax.errors import UserError
 from gpt2_flax.settings import (
     ArgumentParser,
     add_settings,
-    closest,
     convert,
     fields_of,
     find_secrets,
+    meant,
     plain,
     read_yaml,
     setting,
@@ -213,7 +213,9 @@ class TrainConfig:
     )
 
     # Run
-    config: str = setting("", "YAML file of settings; flags are read after it")
+    config: str = setting(
+        "", "YAML file of settings, or the name of a recipe in configs/; flags are read after it"
+    )
     output_dir: str = setting("./model_output", "where checkpoints, logs and the model go")
     resume: Literal["auto", "never", "require"] = setting(
         "auto", "continue the run in output_dir: if there is one, never, or else stop"
@@ -312,7 +314,7 @@ def load_config(argv: list[str]) -> TrainConfig:
     parsed, unknown = parser.parse_known_args(argv)
     given = vars(parsed)
     faults = parser.describe_unknown(unknown)
-    path = given.get("config")
+    path = recipes.find(given.get("config", ""))
     raw, yaml_faults = read_yaml(path, FLAGS_ONLY) if path else ({}, [])
     values, value_faults = convert(raw, TrainConfig, lambda name: f"{path}: {name}")
     flags, flag_faults = convert(given, TrainConfig, lambda name: f"--{name}")
@@ -320,7 +322,7 @@ def load_config(argv: list[str]) -> TrainConfig:
 
     # What was meant by these isn't known, so nothing is said about what depends on it.
     unread = [*unknown, *(raw.keys() - values.keys()), *(given.keys() - flags.keys())]
-    doubtful = {name for word in unread for name in closest(str(word).lstrip("-"), FIELDS)}
+    doubtful = {name for word in unread for name in meant(str(word).lstrip("-"), FIELDS)}
     if yaml_faults and not raw:
         doubtful = set(FIELDS)
     # A length that is given as a flag replaces the file's, whichever of the two ways it has.
@@ -343,7 +345,7 @@ def load_config(argv: list[str]) -> TrainConfig:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="scripts/train.py",
+        prog=command_names.prog("train"),
         description="Train GPT-2 from text to a model that PyTorch opens.",
         allow_abbrev=False,
         formatter_class=wide_help,

@@ -135,6 +135,8 @@ def read_source(source, step: int | None, from_pt: bool, **where) -> Source:
         layout = weights.SAFETENSORS
         from_pt = from_pt and (get(layout.file) or get(layout.index)) is not None
         leaves = weights.read(get, name, from_pt, None if path.is_file() else place.has)
+        has_head = model_class.can_generate()
+        leaves, config = weights.settle_head(leaves, config, name, has_head)
     leaves = complete(leaves, model_class(config, _do_init=False).params_shape_tree, name)
     return Source(
         name, model_class, config, read_generation(place, config, model_class), leaves,

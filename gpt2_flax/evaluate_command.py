@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
+from gpt2_flax import command_names
 from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig
 from gpt2_flax.errors import StorageError, UserError, say
 from gpt2_flax.settings import (
@@ -110,7 +111,7 @@ def load_config(argv: list[str]) -> EvaluateConfig:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="scripts/evaluate.py",
+        prog=command_names.prog("evaluate"),
         description="Evaluate a model: perplexity of a text, LAMBADA, HellaSwag. One JSON object.",
         allow_abbrev=False,
         formatter_class=wide_help,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from gpt2_flax.dropout import LINE, is_kept
-from gpt2_flax.triton import by_triton
+from gpt2_flax.jax_versions import by_triton
 
 Array = jax.Array
 WIDTHS = 32, 64, 128  # of a head

@@ -30,14 +30,16 @@ def variables() -> dict[str, str]:
 
 
 def start_again() -> None:
-    """Begin this script anew, in the same process, with `variables`; before any long import.
+    """Begin the program anew, in the same process, with `variables`; before any long import.
 
-    Not where the script isn't what the process was started for, as in a notebook, nor under a
-    debugger, which would lose it.
+    The program is a script or `python -m gpt2_flax`. Neither where it isn't what the process was
+    started for, as in a notebook, nor under a debugger, which would lose it.
     """
     added = variables()
     if sys.gettrace() is not None or "pydevd" in sys.modules:
         return
-    if added and sys.argv[0] in sys.orig_argv and sys.executable:
+    program = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+    is_module = program is not None and program.name == "gpt2_flax.__main__"
+    if added and (is_module or sys.argv[0] in sys.orig_argv) and sys.executable:
         with contextlib.suppress(OSError):  # then without
             os.execve(sys.executable, sys.orig_argv, os.environ | added)

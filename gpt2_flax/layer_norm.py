@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from gpt2_flax import devices
-from gpt2_flax.triton import by_triton
+from gpt2_flax.jax_versions import by_triton
 
 Array = jax.Array
 AT_ONCE = 2  # rows that a program of the kernel holds at a time

@@ -52,9 +52,8 @@ def make_config(raw: dict, where: str, **overrides) -> transformers.GPT2Config:
     if model_type not in ("gpt2", "gpt-sw3"):
         raise UserError(f"{where} is for model_type {model_type!r:.40}; this package reads gpt2")
     # gpt-sw3 is GPT-2 with another tokenizer
-    known = {k: v for k, v in raw.items() if k in MODEL_KEYS}
-    attributes = transformers.GPT2Config.attribute_map
-    overrides = {attributes.get(name, name): value for name, value in overrides.items()}
+    known = {k: v for k, v in own_names(raw).items() if k in MODEL_KEYS}
+    overrides = own_names(overrides)
     attentions = (known | overrides).get("output_attentions")
     settings = {k: v for k, v in (known | overrides).items() if k != "output_attentions"}
     try:
@@ -69,6 +68,16 @@ def make_config(raw: dict, where: str, **overrides) -> transformers.GPT2Config:
         if raw.get(name) is not None:  # GPT2Config itself would drop it
             setattr(config, name, raw[name])
     return config
+
+
+def own_names(settings: dict) -> dict:
+    """The settings under GPT-2's names: `hidden_size` is `n_embd`.
+
+    A general name wins over GPT-2's own, as in transformers.
+    """
+    general = transformers.GPT2Config.attribute_map
+    renamed = {general[name]: value for name, value in settings.items() if name in general}
+    return {name: value for name, value in settings.items() if name not in general} | renamed
 
 
 def is_config_key(name: str) -> bool:

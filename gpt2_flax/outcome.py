@@ -11,6 +11,7 @@ import statistics
 import jax
 import yaml
 
+from gpt2_flax.command_names import typed
 from gpt2_flax.config import COMMAND_ONLY, EMBEDDED_DATASET, FIELDS, TrainConfig, dump_yaml
 from gpt2_flax.metrics import clock
 
@@ -195,17 +196,16 @@ def commands(outcome: Outcome) -> list[tuple[str, str]]:
         ("train on", resume_command(outcome)),
         (
             "generate",
-            f"python scripts/generate.py --model {where} {prompt} --max_new_tokens 100",
+            f"{typed('generate')} --model {where} {prompt} --max_new_tokens 100",
         ),
-        ("evaluate", f"python scripts/evaluate.py --model {where}{on_what(outcome.config)}"),
+        ("evaluate", f"{typed('evaluate')} --model {where}{on_what(outcome.config)}"),
         (
             "convert a checkpoint for PyTorch",
-            f"python scripts/convert.py to_pytorch --checkpoint {where} --step {step}"
-            f" --output {beside}",
+            f"{typed('convert')} to_pytorch --checkpoint {where} --step {step} --output {beside}",
         ),
         (
             "convert for transformers 4",
-            f"python scripts/convert.py from_pytorch --model {where} --output {flax}",
+            f"{typed('convert')} from_pytorch --model {where} --output {flax}",
         ),
     ]
 
@@ -222,7 +222,7 @@ def resume_command(outcome: Outcome) -> str:
         and outcome.saved.get(name, FIELDS[name].default) != value
     }
     path = pathlib.PurePath(config.output_dir) / "config.yaml"
-    words = ["python", "scripts/train.py", "--config", str(path)]
+    words = [*typed("train").split(), "--config", str(path)]
     for name, value in changed.items():
         values = value if isinstance(value, list) else [value]
         words += [

@@ -18,6 +18,7 @@ import numpy as np
 import transformers
 
 from gpt2_flax import optim, parallel, step
+from gpt2_flax.command_names import prog
 from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig, find_faults
 from gpt2_flax.data import opening
 from gpt2_flax.errors import NumericsError, UserError, say
@@ -89,7 +90,7 @@ def import_torch():
         import torch
     except ImportError as error:
         raise UserError(
-            "scripts/parity.py compares with PyTorch, which is not installed\n"
+            f"{prog('parity')} compares with PyTorch, which is not installed\n"
             "  pip install torch, or pip install -r requirements-dev.txt"
         ) from error
     return torch

@@ -424,12 +424,15 @@ class FlaxGPT2PreTrainedModel:
                 f"from_pretrained got unknown arguments {', '.join(unknown)}: settings neither of"
                 f" GPT2Config, nor of generation, nor of {cls.__name__}"
             )
-        model = cls(config, *model_args, dtype=dtype, _do_init=False, **kwargs)
-        model._is_initialized = do_init
+        make = functools.partial(cls, dtype=dtype, _do_init=False, **kwargs)
+        model = make(config, *model_args)  # before reading, which takes long: it checks arguments
         if checkpoint_step is None:
             leaves = weights.read(get, where if has is None else beside.where, from_pt, has)
+            leaves, config = weights.settle_head(leaves, config, where, cls.can_generate())
+            model = model if config is model.config else make(config, *model_args)
         else:
             leaves = read_checkpoint(checkpoint_step, config)
+        model._is_initialized = do_init
         fit = weights.fit(leaves, model.params_shape_tree, where, ignore_mismatched_sizes)
         params = model._complete(fit, where, do_init)
         model._load_generation_config(beside, decoding)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import yaml
 
-from gpt2_flax import durations
+from gpt2_flax import command_names, durations, other_names, recipes
 from gpt2_flax.errors import UserError, redacted
 
 MAX_YAML_BYTES = 64 * 1024
@@ -37,7 +37,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        raise UserError(f"{message}\n  python {self.prog} --help lists the flags")
+        raise UserError(
+            f"{message}\n  {command_names.typed_prog(self.prog)} --help lists the flags"
+        )
 
     def describe_unknown(self, words: list[str]) -> list[str]:
         """A fault for each unknown flag among the words that were left over."""
@@ -143,7 +145,7 @@ def read_yaml(
         loaded = _Loader(text.decode("utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        return {}, [f"cannot read --config {path}: {reason}\n  configs/ holds examples"]
+        return {}, [f"cannot read --config {path}: {reason}\n  {examples(path)}"]
     except Exception as error:  # PyYAML lets through what int() and datetime() raise
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -165,6 +167,13 @@ def read_yaml(
     return loaded, faults
 
 
+def examples(path: str) -> str:
+    """The remedy where a file of settings cannot be read."""
+    if "/" in path or "." in path:
+        return "configs/ holds examples"
+    return f"recipes: {', '.join(recipes.names())}"
+
+
 # ---------------------------------------------------------------- values
 
 
@@ -177,7 +186,8 @@ def convert(raw: dict, settings, spell: Callable[[str], str]) -> tuple[dict, lis
     values, faults = {}, []
     for name, value in raw.items():
         if name not in fields:
-            faults.append(f"{spell(plain(name))}: unknown setting{nearest(str(name), fields)}")
+            remedy = nearest(str(name), fields, command_names.prog("train"))
+            faults.append(f"{spell(plain(name))}: unknown setting{remedy}")
             continue
         kind, units = types[name], fields[name].metadata.get("units")
         if units:
@@ -251,14 +261,31 @@ def describe(kind) -> str:
     return names.get(kind, "text or a list of texts")
 
 
-def nearest(name: str, known, prog: str = "scripts/train.py") -> str:
-    """The remedy for an unknown name: the known one most like it."""
-    close = closest(name, known)
-    return f"\n  did you mean {close[0]}?" if close else f"\n  python {prog} --help lists them"
+def nearest(name: str, known, prog: str) -> str:
+    """The remedy for an unknown name: the known one that means it, or that is most like it.
+
+    prog: the name of the command that lists them.
+    """
+    if found := other_names.look_up(name, known):
+        return f"\n  did you mean {found}?"
+    if close := closest(name, known):
+        return f"\n  did you mean {close[0]}?"
+    if why := other_names.why_not_needed(name):
+        return f"\n  {why}"
+    return f"\n  {command_names.typed_prog(prog)} --help lists them"
+
+
+def meant(name: str, known) -> list[str]:
+    """The known name that an unknown one stands for, as far as it can be told."""
+    found = other_names.look_up(name, known)
+    return [found.split(":")[0]] if found else closest(name, known)
 
 
 def closest(name: str, known) -> list[str]:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    """The known name that is spelled almost so, if there is one."""
+    bare = {other.lstrip("-").replace("-", "_"): other for other in known}
+    word = name.lstrip("-").replace("-", "_").lower()
+    return [bare[match] for match in difflib.get_close_matches(word, bare, n=1, cutoff=0.75)]
 
 
 def shown(value) -> str:

@@ -16,6 +16,7 @@ import yaml
 
 from gpt2_flax import (
     checkpoint,
+    command_names,
     compilation_cache,
     curves,
     dry_run,
@@ -277,7 +278,7 @@ def restore(run, checkpoints, config, rows, tokenizer, given_params):
                 f"the run in {config.output_dir} is at step {steps_made} already, past"
                 f" the {run.total_steps} that are asked for\n"
                 "  raise --max_steps or --epochs; any of its checkpoints can be converted:"
-                " scripts/convert.py"
+                f" {command_names.prog('convert')}"
             )
         for what, fingerprint in data.items():
             if meta["data"][what] != fingerprint:

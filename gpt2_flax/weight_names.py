@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 PREFIX = "transformer"
 HEAD = ("lm_head", "kernel")
+WTE = ("wte", "embedding")
 FLOAT_TYPES = ("float32", "float16", "bfloat16", "float64")
 FLAX_LEAVES = {"kernel", "scale", "embedding"}
 # Causal masks that old PyTorch GPT-2 files carry beside the weights.

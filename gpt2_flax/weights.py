@@ -4,8 +4,10 @@ Leaves are numpy arrays in a flat dict by path: {("transformer", "wte", "embeddi
 under Flax's names and in Flax's orientation (weight_names.py).
 """
 
+import copy
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import re
@@ -22,6 +24,7 @@ from gpt2_flax.weight_names import (
     HEAD,
     PREFIX,
     PYTORCH_BUFFERS,
+    WTE,
     Entry,
     check_dtypes,
     check_orientation,
@@ -81,6 +84,7 @@ OUR_FILES = re.compile(
 )
 PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TENSORFLOW_FILE = "tf_model.h5"
+log = logging.getLogger("gpt2_flax")
 POINTER = b"version https://git-lfs"
 MAX_INDEX_BYTES = 2**26
 UNITS = {"B": 1} | {
@@ -254,12 +258,36 @@ def _refuse_foreign(has: Callable[[str], bool], where: str, from_pt: bool) -> No
         )
 
 
+def settle_head(leaves: dict, config, where: str, has_head: bool) -> tuple[dict, Any]:
+    """(leaves, configuration) by PyTorch's rule for the head of a model that is said to be tied.
+
+    A file may hold the head alone, as `safetensors.torch.save_model` writes it: that is wte, too.
+    A head in the file that differs from wte is used as it is: the model isn't tied.
+    has_head: whether the model that is opened has a head at all.
+    """
+    if HEAD not in leaves or not config.tie_word_embeddings:
+        return leaves, config
+    wte = leaves.get((PREFIX, *WTE), leaves.get(WTE))
+    if wte is None:
+        leaves = leaves | {(PREFIX, *WTE): leaves[HEAD].T}
+        del leaves[HEAD]
+    elif has_head and not np.array_equal(leaves[HEAD].T, wte):
+        log.warning(
+            "%s: its output head differs from wte, so the model is not tied, though its"
+            " configuration says so; it is opened with tie_word_embeddings=False",
+            where,
+        )
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False
+    return leaves, config
+
+
 def fit(leaves: dict, shapes: dict, where: str, ignore_mismatched_sizes: bool = False) -> Fit:
     """Sort a file's leaves by what a model wants.
 
     shapes: the tree of the model's shapes, with or without the level `transformer`; the
     file may differ in that. A head that is written although it is tied to wte is passed
-    over; one that differs from wte is unexpected. Raises UserError where shapes differ, but
+    over, and so is the head where the model has none. Raises UserError where shapes differ, but
     for ignore_mismatched_sizes, and where no name of the file is one of the model's.
     """
     expected = {path: tuple(leaf.shape) for path, leaf in flatten_dict(shapes).items()}
@@ -289,8 +317,7 @@ def fit(leaves: dict, shapes: dict, where: str, ignore_mismatched_sizes: bool = 
             f"{where}: {'/'.join(path)} has shape {found}, the model's is {wanted}{more}\n"
             "  change the configuration, or drop such weights with ignore_mismatched_sizes=True"
         )
-    if HEAD in unexpected and _is_tied(leaves, expected):
-        unexpected.remove(HEAD)
+    unexpected.discard(HEAD)  # `settle_head` has seen to it
     return Fit(fitting, expected.keys() - met, unexpected, mismatched)
 
 
@@ -300,14 +327,6 @@ def _in_model(path: tuple[str, ...], expected: dict) -> tuple[str, ...] | None:
         if candidate in expected:
             return candidate
     return None
-
-
-def _is_tied(leaves: dict, expected: dict) -> bool:
-    """Whether the head of a file may be left out: the model has none, or has wte for it."""
-    if not any(path[0] == PREFIX for path in expected):
-        return True
-    wte = leaves.get((PREFIX, "wte", "embedding"), leaves.get(("wte", "embedding")))
-    return wte is not None and np.array_equal(leaves[HEAD].T, wte)
 
 
 def save(

@@ -1,17 +1,13 @@
-"""Measure the parts of training. `python scripts/benchmark.py train --help` lists the settings."""
+"""Measure the parts of training. `python scripts/benchmark.py --help` lists the settings."""
 
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from gpt2_flax.benchmark_command import build_parser, run
-from gpt2_flax.errors import run_main
+from gpt2_flax import cli
 
-
-def main(argv: list[str]) -> None:
-    run(build_parser("scripts/benchmark.py", __doc__), argv)
-
+main = cli.benchmark
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:]))
+    sys.exit(cli.start("benchmark", sys.argv[1:]))

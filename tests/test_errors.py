@@ -150,7 +150,7 @@ def test_a_hub_out_of_reach_is_reported_within_15_seconds_with_the_ways_on(tmp_p
                 rf"dataset Salesforce/wikitext.* hub http://127\.0\.0\.1:{port} cannot be",
                 "--train_file FILE",
                 "local directory",
-                r"configs/quickstart\.yaml",
+                "--config quickstart",
             )
             assert not (tmp_path / "out").exists()
     refused, waited = took

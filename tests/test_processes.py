@@ -103,6 +103,7 @@ def alone(fork_server, text, tmp_path_factory):
     return output_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "devices", "settings"),
     [
@@ -110,12 +111,10 @@ def alone(fork_server, text, tmp_path_factory):
         pytest.param(2, 4, {}, id="2 x 4"),
         pytest.param(2, 2, {"grad_accum": 2, "parallel": "fsdp"}, id="2 x 2, fsdp"),
         # These take up to a minute each.
-        pytest.param(
-            2, 1, {"grad_accum": 4, "parallel": "jit"}, id="2 x 1, jit", marks=pytest.mark.slow
-        ),
-        pytest.param(4, 2, {}, id="4 x 2", marks=pytest.mark.slow),
-        pytest.param(2, 4, {"parallel": "jit"}, id="2 x 4, jit", marks=pytest.mark.slow),
-        pytest.param(4, 2, {"parallel": "fsdp"}, id="4 x 2, fsdp", marks=pytest.mark.slow),
+        pytest.param(2, 1, {"grad_accum": 4, "parallel": "jit"}, id="2 x 1, jit"),
+        pytest.param(4, 2, {}, id="4 x 2"),
+        pytest.param(2, 4, {"parallel": "jit"}, id="2 x 4, jit"),
+        pytest.param(4, 2, {"parallel": "fsdp"}, id="4 x 2, fsdp"),
     ],
 )
 def test_processes_and_devices_change_nothing_but_rounding(
@@ -152,7 +151,7 @@ def test_a_run_goes_on_in_other_processes_and_by_other_engines(start, alone, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["pmap", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["pmap", pytest.param("fsdp")])
 def test_memory_is_planned_by_several_processes(start, tmp_path, engine):
     """Which pmap cannot do from shapes: it takes arrays of each process then."""
     said = {}
@@ -235,8 +234,8 @@ def unbroken(start, tmp_path_factory):
     [
         (0, signal.SIGKILL),
         (1, signal.SIGSTOP),
-        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
-        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP),
+        pytest.param(1, signal.SIGKILL),
     ],
 )
 def test_who_loses_another_process_ends_and_the_run_goes_on_afterwards(

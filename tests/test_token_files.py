@@ -502,7 +502,7 @@ def test_a_bin_file_is_read_through_once(tmp_path, monkeypatch):
 BAD_BINS = {
     "odd": (lambda p: p.write_bytes(b"abc"), r"has 3 bytes, an odd number.*another ending, .txt"),
     "cut": (lambda p: write_llm_c(p, [1, 2], count=3), r"cut short.*says 3 ids, 1030 bytes.*1028"),
-    "version": (lambda p: write_llm_c(p, [1], version=7), r"llm.c's version 7; only version 1"),
+    "version": (lambda p: write_llm_c(p, [1], version=7), r"llm.c's format 20240520 in version 7"),
     "id": (
         lambda p: write_llm_c(p, [5, 1000, 3]),
         r"holds the id 1000 \(at id 1 of the file, byte 1026\); tokenizer numbers has 1000 tokens",

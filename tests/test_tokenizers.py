@@ -491,5 +491,5 @@ def test_files_without_a_usable_tokenizer_are_named(tmp_path, make, name):
 def test_a_name_that_the_hub_would_know_is_an_error_with_ways_on_offline(name):
     with pytest.raises(UserError, match=rf"^tokenizer {name}: the hub .* cannot") as error:
         load_tokenizer(name)
-    for way_on in ("--train_file FILE", "bpe:8192", "bytes", "configs/quickstart.yaml"):
+    for way_on in ("--train_file FILE", "bpe:8192", "bytes", "--config quickstart"):
         assert way_on in str(error.value)

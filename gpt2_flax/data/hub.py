@@ -9,6 +9,7 @@ import threading
 import urllib.error
 import urllib.request
 
+from gpt2_flax.command_names import typed
 from gpt2_flax.errors import UserError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -88,5 +89,5 @@ def hub_error(what: str, error: Exception) -> UserError:
         f"{what}: {reason}\n"
         "  ways on without the hub: --train_file FILE with --tokenizer bpe:8192, bytes or a"
         " local directory,\n"
-        "  or the quickstart: python scripts/train.py --config configs/quickstart.yaml"
+        f"  or the quickstart: {typed('train')} --config quickstart"
     )

@@ -32,7 +32,9 @@ VERSION = 2
 GROUP_CHARS = 1 << 20  # of text, encoded together
 SMALL_TEXT_CHARS = 8 << 20  # not worth the start of other processes
 CHECKED_BYTES = 1 << 28  # a file up to this size is read through at each start
-LLM_C_MAGIC, LLM_C_HEADER_BYTES = 20240520, 1024
+# The headers of llm.c's files: (number that they begin with, version) and the type of the ids.
+LLM_C_TYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
+LLM_C_HEADER_BYTES = 1024
 MOST_OPEN = 64  # files of ids at a time; a shell allows a process some 256 to 1024
 TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}(\.[a-z]+)?\.[0-9a-f]{32}\.tmp")
 LEFT_OVER_SECONDS = 24 * 3600  # nobody has written to a temporary file for so long: it is nobody's
@@ -456,11 +458,11 @@ def id_files(paths: list[pathlib.Path], tokenizer, folder: pathlib.Path) -> tupl
     """
     parts = [open_bin(path) for path in paths]
     known = [check_bin(part, folder) for part in parts]
-    for (path, _, skipped, _), about in zip(parts, known, strict=True):
+    for (path, dtype, skipped, _), about in zip(parts, known, strict=True):
         if about["largest"] >= tokenizer.vocab_size:
             raise UserError(
                 f"{path} holds the id {about['largest']} (at id {about['place']} of the file, byte"
-                f" {skipped + 2 * about['place']}); tokenizer {tokenizer.name} has"
+                f" {skipped + dtype.itemsize * about['place']}); tokenizer {tokenizer.name} has"
                 f" {tokenizer.vocab_size} tokens\n  name the --tokenizer that it was made with"
             )
     fingerprint = digest([about["fingerprint"] for about in known])
@@ -471,22 +473,27 @@ def id_files(paths: list[pathlib.Path], tokenizer, folder: pathlib.Path) -> tupl
 def open_bin(path: pathlib.Path) -> tuple:
     """(path, dtype, bytes before the first id, ids) of a .bin file."""
     size = path.stat().st_size
-    dtype = np.dtype("<u2")
     try:
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(12), "<i4") if size >= LLM_C_HEADER_BYTES else [0]
+            begins = file.read(1 << 16)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if header[0] == LLM_C_MAGIC:
-        version, count = int(header[1]), int(header[2])
-        if version != 1:
-            raise UserError(f"{path} is llm.c's version {version}; only version 1 is read")
+    magic, version, count = (*np.frombuffer(begins[:12].ljust(12, b"\0"), "<i4").tolist(),)
+    if size >= LLM_C_HEADER_BYTES and magic in {known for known, _ in LLM_C_TYPES}:
+        if (magic, version) not in LLM_C_TYPES:
+            raise UserError(
+                f"{path} has the header of llm.c's format {magic} in version {version}, which is"
+                " not known\n  write it again with a newer llm.c, or train on the text itself"
+            )
+        dtype = np.dtype(LLM_C_TYPES[magic, version])
         if size != LLM_C_HEADER_BYTES + count * dtype.itemsize:
             raise UserError(
                 f"{path} is cut short or too long: its header says {count} ids,"
-                f" {LLM_C_HEADER_BYTES + 2 * count} bytes, and it has {size}\n  fetch it again"
+                f" {LLM_C_HEADER_BYTES + count * dtype.itemsize} bytes, and it has {size}\n"
+                "  fetch it again"
             )
         return path, dtype, LLM_C_HEADER_BYTES, count
+    dtype = type_of_ids(begins, size)
     if size % dtype.itemsize:
         raise UserError(
             f"{path} has {size} bytes, an odd number: it is no file of uint16 ids\n"
@@ -495,11 +502,28 @@ def open_bin(path: pathlib.Path) -> tuple:
     return path, dtype, 0, size // dtype.itemsize
 
 
+def type_of_ids(begins: bytes, size: int) -> np.dtype:
+    """How wide the ids of a file without a header are, by its first bytes: 16, 32 or 64 bits.
+
+    No vocabulary has more than 2**20 ids, so of wider ids the upper bits are zero, or nearly so.
+    Fewer than 16 ids are taken for uint16, and so are ids that are all 0.
+    """
+    for width in (8, 4):
+        parts = np.frombuffer(begins[: len(begins) // width * width], "<u2")
+        lowest, second, *others = parts.reshape(-1, width // 2).T
+        is_wide = not any(other.any() for other in others) and (
+            second.max(initial=0) < 16 <= lowest.max(initial=0) or not second.any()
+        )
+        if is_wide and lowest.any() and len(lowest) >= 16 and size % width == 0:
+            return np.dtype(f"<u{width}")
+    return np.dtype("<u2")
+
+
 def check_bin(part: tuple, folder: pathlib.Path) -> dict:
     """fingerprint, largest id and its place of a .bin file, kept in `folder` once known."""
     path, dtype, skipped, _ = part
     stat = path.stat()
-    state = str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    state = str(path.resolve()), dtype.str, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     note = folder / f"{digest(VERSION, state)}.bin.json"
     try:
         about = json.loads(note.read_text("utf-8"))

@@ -67,7 +67,7 @@ def test_a_second_trainer_is_told_who_is_there(fork_server, text, tmp_path):
     assert "continuing after step 10" in third.text()
 
 
-@pytest.mark.slow(but_every=5)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIXED)
 def test_other_settings_are_refused_with_their_names(finished, name):
     before = tree(finished["output_dir"])
@@ -80,6 +80,7 @@ def test_other_settings_are_refused_with_their_names(finished, name):
     assert tree(finished["output_dir"]) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FREE_ON_RESUME - {*COMMAND_ONLY, "output_dir"}))
 def test_what_may_change_may_change(finished, name):
     config = load_config(as_argv(finished))

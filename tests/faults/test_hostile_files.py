@@ -888,7 +888,7 @@ def of_models(world, fork_server):
     return dict(zip(names, lines, strict=True))
 
 
-@pytest.mark.slow(but_every=12)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARTEFACTS)
 def test_a_hostile_file_does_nothing(name, world, fork_server, of_models):
     make, code, match = ARTEFACTS[name]

@@ -152,6 +152,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_refused(start, folder, what, debug):
@@ -163,6 +164,7 @@ def test_what_is_refused(start, folder, what, debug):
     assert not (folder / "refused").exists()
 
 
+@pytest.mark.slow
 def test_settings_that_are_printed(start, folder):
     code, text = start("--print_config", out="printed")
     assert code == 0 and "sample_prompt: tea" in text
