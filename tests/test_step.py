@@ -207,7 +207,7 @@ def test_the_compiled_step_reduces_once_donates_and_traces_once(tiny_config):
 @pytest.mark.slow
 def test_the_optimizers_state_is_not_copied_to_be_updated(tiny_config, monkeypatch):
     """On a CPU. The plain update, which is that of other backends, shows what would be counted."""
-    module, optimizer = FlaxGPT2LMHeadModule(tiny_config()), make_optimizer()
+    module, optimizer = FlaxGPT2LMHeadModule(tiny_config(n_layer=1)), make_optimizer()
     make = functools.partial(step.init_state, model=module, optimizer=optimizer)
     state = parallel.replicate(make, jax.random.key(0))
     batch = parallel.put_batch(next(random_batches(8, 1)), 1)
@@ -220,7 +220,7 @@ def test_the_optimizers_state_is_not_copied_to_be_updated(tiny_config, monkeypat
 
     copied = copied_matrices()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert copied == 0 and copied_matrices() == 4  # of two layers, two moments each
+    assert copied == 0 and copied_matrices() == 2  # the two moments
 
 
 @pytest.mark.parametrize("engine", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
@@ -233,7 +233,7 @@ def test_evaluation_sums_over_devices_and_ignores_padding(tiny_config, engine):
         jax.device_put(params, parallel.replicated()), parallel.put_batch(batch, None)
     )
     assert targets == batch.length_B.sum()
-    logits = module.apply({"params": params}, batch.ids_BxS[:, :-1]).logits
+    logits = jax.jit(module.apply)({"params": params}, batch.ids_BxS[:, :-1]).logits
     log_probs = np.asarray(jax.nn.log_softmax(logits))
     by_hand = sum(
         -log_probs[row, t, batch.ids_BxS[row, t + 1]]
