@@ -5,6 +5,7 @@ a machine that is busy for a while slows down both; medians and ranges are over 
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 
@@ -247,9 +249,11 @@ def open_text(settings: dict):
     from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig, find_faults
     from gpt2_flax.data import opening
 
-    text = {"train_file": (settings["train_file"],)} if settings["train_file"] else {}
+    text: dict[str, Any] = {"dataset": EMBEDDED_DATASET}
+    if settings["train_file"]:
+        text = {"train_file": (settings["train_file"],)}
     config = TrainConfig(
-        **text or {"dataset": EMBEDDED_DATASET},
+        **text,
         tokenizer=settings["tokenizer"],
         block_size=settings["block_size"],
         cache_dir=settings["folder"],
@@ -351,7 +355,7 @@ CELLS = {
     "streamed": lambda settings: rows_per_second(settings, streaming=True),
     "fed from the cache": waiting_share,
     **{
-        how: lambda settings, how=how: megabytes_per_second(settings, how)
+        how: functools.partial(megabytes_per_second, how=how)
         for how in ("tokenize", "tokenize_hf", "tokenize_hf_fast")
     },
 }

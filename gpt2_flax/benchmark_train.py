@@ -123,7 +123,7 @@ def ours(settings: dict) -> dict:
 
     compilation_cache.use(settings["compilation_cache"])
     state, update, rows = build(settings)
-    values = None
+    values: dict = {}
 
     def step():
         nonlocal state, values
@@ -166,6 +166,10 @@ def checkpoint(settings: dict) -> dict:
             seconds.append(time.perf_counter() - began)
         return seconds
 
+    def when_written() -> float:
+        saver.wait()
+        return time.perf_counter()
+
     def save(n) -> tuple[float, float, float]:
         """Seconds: that the call takes, until the save is on disk, that all steps lose by it."""
         began = time.perf_counter()
@@ -173,7 +177,7 @@ def checkpoint(settings: dict) -> dict:
             raise RuntimeError("the state is not finite")
         saver.save(n, state._asdict(), {}, None)
         blocked = time.perf_counter() - began
-        written = thread.submit(lambda: saver.wait() or time.perf_counter())
+        written = thread.submit(when_written)
         lost = sum(steps(settings["steps"])) - settings["steps"] * usual
         return blocked, written.result() - began, blocked + lost
 

@@ -55,7 +55,7 @@ class Checkpoints:
                 barrier_sync_fn=make_barrier() if processes.several() else None,
             ),
         )
-        self.saving = None  # the step that is being saved
+        self.saving: int | None = None  # the step that is being saved
         self.needed = 0  # its bytes
         self.cleaner: threading.Thread | None = None
         if (self.folder / TRASH).is_symlink():  # what is put aside stays in this folder
@@ -85,6 +85,7 @@ class Checkpoints:
             for path in self.folder.glob(f"{self.saving}.*")
             if path.is_dir() and ocp.utils.TMP_DIR_SUFFIX in path.name
         )
+        assert self.saving is not None
         manifest.write(directory, self.saving)
 
     def flush_name(self) -> None:

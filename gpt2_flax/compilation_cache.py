@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import tempfile
+from typing import Any
 
 import jax
 
@@ -37,10 +38,11 @@ def use(setting: str) -> str | None:
     if setting == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    if setting == "auto" and not jax.config.jax_enable_compilation_cache:
+    options: Any = jax.config  # no type checker knows its attributes
+    if setting == "auto" and not options.jax_enable_compilation_cache:
         return None
-    if setting == "auto" and jax.config.jax_compilation_cache_dir:
-        return jax.config.jax_compilation_cache_dir
+    if setting == "auto" and options.jax_compilation_cache_dir:
+        return options.jax_compilation_cache_dir
     try:
         folder = default_folder() if setting == "auto" else pathlib.Path(setting).expanduser()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # programs are run as they are found

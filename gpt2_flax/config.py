@@ -418,7 +418,7 @@ def relations(c: TrainConfig):
         value = getattr(c, name)
         is_none = is_words(value) and durations.split(value)[0] == 0
         yield {name}, not is_none, f"{name} must be above 0, got {value}"
-    parts = [value for value in (c.warmup_steps, c.decay_steps) if not is_words(value)]
+    parts = [value for value in (c.warmup_steps, c.decay_steps) if not isinstance(value, str)]
     yield (
         {"warmup_steps", "decay_steps", "lr_schedule"},
         c.lr_schedule != "wsd" or len(parts) < 2 or max(parts) >= 1 or sum(parts) <= 1,

@@ -43,7 +43,7 @@ class Source(NamedTuple):
     """A model as it was read. leaves: numpy arrays by path, of the types in the files."""
 
     name: str
-    model_class: type
+    model_class: type[pretrained.FlaxGPT2PreTrainedModel]
     config: transformers.GPT2Config
     generation_config: transformers.GenerationConfig | None
     leaves: dict[tuple[str, ...], np.ndarray]

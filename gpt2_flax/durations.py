@@ -63,6 +63,7 @@ def in_steps(value, global_batch: int, block_size: int, rows_an_epoch: int | Non
     """
     amount, unit = split(value)
     if unit == "epochs":
+        assert rows_an_epoch is not None
         return math.ceil(round(amount * rows_an_epoch) / global_batch)
     if unit == "tokens":
         return math.ceil(amount / (global_batch * block_size))

@@ -414,7 +414,7 @@ def _build_processors(options, plan, P, starts_R, custom):
 
 def _score_processors(options, plan, P, starts_R) -> list:
     o, ends = options, [id for id in plan.eos_ids if id >= 0]
-    chain = []
+    chain: list[processors.FlaxLogitsProcessor] = []
     if o.sequence_bias is not None:
         chain.append(processors.FlaxSequenceBiasLogitsProcessor(o.sequence_bias))
     if o.repetition_penalty not in (None, 1.0):
@@ -460,7 +460,7 @@ def _warpers(options, plan) -> list:
     # A beam search must find at least one id that is no end.
     least = max(2, len(plan.eos_ids) + 1) if plan.num_beams > 1 else 1
     kept = {"min_tokens_to_keep": least}
-    warpers = []
+    warpers: list[processors.FlaxLogitsWarper] = []
     if o.temperature not in (None, 1.0):
         warpers.append(processors.FlaxTemperatureLogitsWarper(o.temperature))
     if o.top_h is not None:

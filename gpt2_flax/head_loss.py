@@ -126,10 +126,8 @@ def _product(a, b, contracted):
 def _in_place(logits_BxtxW, targets_Bxt, counts_Bxt, n_ids):
     """(summed loss, gradient of the logits), which is written over them."""
     W = logits_BxtxW.shape[-1]
-    logits_NxW, targets_N, counts_N = (
-        logits_BxtxW.reshape(-1, W),
-        *(array.reshape(-1).astype(jnp.int32) for array in (targets_Bxt, counts_Bxt)),
-    )
+    logits_NxW = logits_BxtxW.reshape(-1, W)
+    targets_N, counts_N = (a.reshape(-1).astype(jnp.int32) for a in (targets_Bxt, counts_Bxt))
     row, number = pl.BlockSpec((None, W), lambda n: (n, 0)), pl.BlockSpec((1,), lambda n: (n,))
     dlogits_NxW, loss_N = pl.pallas_call(
         functools.partial(_kernel, W, n_ids),

@@ -32,7 +32,7 @@ class TransformersWithoutTorch(importlib.abc.MetaPathFinder):
 
         def load_without_torch(module) -> None:
             sys.meta_path.remove(self)
-            sys.modules["torch"] = None  # which says that there is none
+            sys.modules["torch"] = None  # type: ignore[assignment]  # says that there is none
             try:
                 load(module)
                 # The module may have put another one into its place; it remembers the answer.

@@ -1,6 +1,7 @@
 """Which parts of a step a run computes by fused kernels for NVIDIA GPUs, and which by XLA."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def try_others(n_embd: int, dtype: str) -> str | None:
     return next(filter(None, fails), None)
 
 
-def what_fails(by_kernel, plain, shapes: list[tuple[int, ...]], dtype: str) -> str | None:
+def what_fails(by_kernel, plain, shapes: Sequence[tuple[int, ...]], dtype: str) -> str | None:
     """What goes wrong where a kernel's gradients are compared with XLA's; None for nothing.
 
     The one gets random numbers of type `dtype`, the other the same in float32.

@@ -7,6 +7,7 @@ takes the flags of `lm_eval run`. In Python, importing this module registers the
 import itertools
 import json
 import sys
+from typing import Literal
 
 import jax
 import lm_eval.__main__
@@ -35,7 +36,7 @@ class GPT2Flax(TemplateLM):
         pretrained: str,
         tokenizer: str = "",
         step: int = 0,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         batch_size: int | str = 8,
         seed: int = 0,
         device=None,

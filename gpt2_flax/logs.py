@@ -20,7 +20,7 @@ class Logs:
         """
         self.writes, self.sampler = writes, sampler
         self.sampled = -1  # the step of the last sample
-        self.drawn = None  # the rows of the last curves
+        self.drawn: list[dict] | None = None  # the rows of the last curves
         if not writes:
             return
         self.plot = pathlib.Path(output_dir) / curves.PLOT_FILE
@@ -30,8 +30,10 @@ class Logs:
         self.samples = samples.SampleLog(output_dir)
         self.ledger = metrics.StepLog(self.numbers.path.with_name(metrics.LEDGER_FILE))
         self.has_ledger, self.has_samples = config.ledger, bool(config.sample_tokens)
-        for log in (self.numbers, self.samples, *([self.ledger] if self.has_ledger else [])):
-            log.forget_after(step)
+        self.numbers.forget_after(step)
+        self.samples.forget_after(step)
+        if self.has_ledger:
+            self.ledger.forget_after(step)
 
     def write(self, row: dict) -> None:
         """A row of the training loss."""

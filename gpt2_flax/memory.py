@@ -66,8 +66,8 @@ def trim_after_compiling() -> None:
 _trims: list[Callable] = []
 
 
-def _trim(event: str, seconds: float, **unused) -> None:
-    if event == "/jax/core/compile/backend_compile_duration" and seconds > 0.2:
+def _trim(event: str, duration_secs: float, **unused) -> None:
+    if event == "/jax/core/compile/backend_compile_duration" and duration_secs > 0.2:
         for trim in _trims:
             trim(0)
 

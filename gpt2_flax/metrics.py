@@ -169,11 +169,11 @@ class Meter:
         self.max_bad_steps, self.noted = max_bad_steps, self.bad_steps
         self.counted = self.window[-1][0] if self.window else -1  # step up to which they are
         self.flops, self.peak = flops, peak
-        self.waiting = None
+        self.waiting: tuple | None = None
         self.began = time.perf_counter()
-        self.since = None  # when the device began the window's timed part
+        self.since: float | None = None  # when the device began the window's timed part
         self.timed_from = 0  # the place in the window of that part's first step
-        self.drained = None  # when, in a pause, the device had done all its steps
+        self.drained: float | None = None  # when, in a pause, the device had done all its steps
         # Notes when a window's last step is done, which the host learns too late: it only
         # hands out the steps, and is one ahead of the device.
         self.watcher = concurrent.futures.ThreadPoolExecutor(1)

@@ -115,9 +115,8 @@ def _join(level: dict) -> np.ndarray:
     """The array of {marker, "shape": {"0": 2, "1": 3}, "chunks": {"0": flat, ...}}."""
     shape, chunks = (_to_tuple(level.get(name)) for name in ("shape", "chunks"))
     _check_shape(shape)
-    first = chunks[0] if chunks else None
     if not all(
-        isinstance(chunk, np.ndarray) and chunk.ndim == 1 and chunk.dtype == first.dtype
+        isinstance(chunk, np.ndarray) and chunk.ndim == 1 and chunk.dtype == chunks[0].dtype
         for chunk in chunks
     ):
         raise ValueError("a chunked array holds something else than flat arrays of one dtype")

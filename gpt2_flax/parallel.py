@@ -9,7 +9,7 @@ import functools
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -279,7 +279,7 @@ def put_batch(batch, micro_batches: int | None, engine: str = "pmap"):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), split)
 
 
-def prefetch(items: Iterable, prepare: Callable, ahead: int = 2) -> Iterator:
+def prefetch(items: Iterable, prepare: Callable, ahead: int = 2) -> Generator:
     """`prepare(item)` of each item, made by a worker thread up to `ahead` items early.
 
     An exception in the worker is raised here, in its place in the order.

@@ -5,6 +5,7 @@ import functools
 import math
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ def build_run(config, model_config, rows, first_step: int, meta: dict | None) ->
     saved_batch = meta["global_batch"] if meta is not None else None
     if config.batch_size == "auto":
         config = with_batch_size(config, module, rows.count, saved_batch)
+    assert isinstance(config.batch_size, int)
     at_once = devices.count() * config.batch_size
     global_batch = at_once * config.grad_accum
     if saved_batch not in (None, global_batch):
@@ -190,6 +192,7 @@ def make_interval(value, in_steps, at_most: int | None = None) -> durations.Inte
 def keep_global_batch(saved: int, config: TrainConfig) -> int:
     """The global batch of a run's checkpoints, if these devices can make it up."""
     n_devices = devices.count()
+    assert isinstance(config.batch_size, int)
     if saved % (n_devices * config.batch_size):
         fitting = [n for n in range(1, saved + 1) if saved % (n_devices * n) == 0]
         ways = f"set --batch_size to one of {fitting}" if fitting else "use fewer devices"
@@ -212,7 +215,8 @@ def choose_model(config: TrainConfig, tokenizer, meta: dict | None):
 
     meta: of the checkpoint that the run goes on from, if there is one.
     """
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    names = "resid_pdrop", "embd_pdrop", "attn_pdrop"
+    dropouts: dict[str, Any] = dict.fromkeys(names, config.dropout)
     if not config.init_from:
         model_config = Architecture(
             n_layer=config.n_layers,

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,8 @@ class FlaxGPT2PreTrainedModel:
     config_class = transformers.GPT2Config
     base_model_prefix = "transformer"
     main_input_name = "input_ids"
-    module_class = None
-    _auto_class = None
+    module_class: Any = None
+    _auto_class: str | None = None
     _missing_keys: frozenset | set = frozenset()
 
     def __init__(
@@ -56,7 +57,7 @@ class FlaxGPT2PreTrainedModel:
         config: transformers.GPT2Config,
         input_shape: tuple = (1, 1),
         seed: int = 0,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: jax.typing.DTypeLike = jnp.float32,
         _do_init: bool = True,
         *,
         params: dict | None = None,
@@ -355,7 +356,7 @@ class FlaxGPT2PreTrainedModel:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: jax.typing.DTypeLike = jnp.float32,
         *model_args,
         config=None,
         cache_dir=None,
@@ -424,12 +425,14 @@ class FlaxGPT2PreTrainedModel:
                 f"from_pretrained got unknown arguments {', '.join(unknown)}: settings neither of"
                 f" GPT2Config, nor of generation, nor of {cls.__name__}"
             )
-        make = functools.partial(cls, dtype=dtype, _do_init=False, **kwargs)
-        model = make(config, *model_args)  # before reading, which takes long: it checks arguments
+        options = {"dtype": dtype, "_do_init": False, **kwargs}
+        # Made before the weights are read, which takes long: it checks the arguments.
+        model = cls(config, *model_args, **options)
         if checkpoint_step is None:
             leaves = weights.read(get, where if has is None else beside.where, from_pt, has)
             leaves, config = weights.settle_head(leaves, config, where, cls.can_generate())
-            model = model if config is model.config else make(config, *model_args)
+            if config is not model.config:
+                model = cls(config, *model_args, **options)
         else:
             leaves = read_checkpoint(checkpoint_step, config)
         model._is_initialized = do_init
@@ -480,6 +483,7 @@ class FlaxGPT2PreTrainedModel:
         if path is not None:
             self.generation_config = read_generation_config(path)
         if settings:
+            assert self.generation_config is not None  # as can_generate() says
             self.generation_config.update(**settings)
 
     def save_pretrained(

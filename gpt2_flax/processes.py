@@ -239,7 +239,7 @@ def check_alike(about: dict) -> None:
 def refuse_together(message: str) -> None:
     """Raise UserError for what all processes have found alike; the first speaks."""
     error = UserError(message) if is_first() else OtherProcessError(0, UserError.exit_code)
-    error.ends_all = True
+    error.ends_all = True  # type: ignore[attr-defined]  # `together` looks for it
     raise error
 
 
@@ -294,7 +294,7 @@ class Watch:
         self.step_timeout, self.step = step_timeout, 0
         self.moved, self.has_begun = time.monotonic(), False
         self.folder = pathlib.Path(output_dir) / FOLDER
-        self.seen: dict[int, tuple[object, float]] = {}  # the last sign, and when it was new
+        self.seen: dict[int, tuple[dict | None, float]] = {}  # the last sign, and when it was new
         self.ended = threading.Event()
         self.thread = None
         if several():
@@ -437,7 +437,7 @@ def is_of_a_broken_connection(error: BaseException) -> bool:
 
 def where() -> str:
     """The line of code that the main thread is in."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return f"{pathlib.Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "?"
 
 

@@ -49,7 +49,8 @@ class Repository:
         self._force_download = force_download
         self._local_files_only = local_files_only
         # Why the hub is not asked, or not again, and the remedy; None: nothing so far.
-        self._reason = self._remedy = None
+        self._reason: str | None = None
+        self._remedy: str | None = None
         self._asked = False
 
     @property
@@ -65,7 +66,7 @@ class Repository:
         while the cache has nothing of it.
         """
         check_filename(filename)
-        if self.is_local:
+        if self.directory is not None:
             path = self.directory / filename
             return path if path.is_file() else None
         there = self._ask(filename)
@@ -76,7 +77,7 @@ class Repository:
     def has(self, filename: str) -> bool:
         """Whether there is such a file; it is not fetched. Raises as `get` does."""
         check_filename(filename)
-        if self.is_local:
+        if self.directory is not None:
             return (self.directory / filename).is_file()
         there = self._ask(filename)
         return self._from_cache(filename) is not None if there is None else there
@@ -227,7 +228,7 @@ def upload(directory, repo_id: str, token=None, *, private=None, tags=None, **op
             readme.write_bytes(pathlib.Path(source).read_bytes())
         text = readme.read_text("utf-8") if readme.is_file() else "---\ntags: []\n---\n"
         card = huggingface_hub.ModelCard(text, ignore_metadata_errors=True)
-        card.data.tags = sorted({*(card.data.tags or ()), *tags})
+        card.data["tags"] = sorted({*(card.data.get("tags") or ()), *tags})
         card.save(readme)
     options["commit_message"] = options.get("commit_message") or "Upload model"
     return api.upload_folder(repo_id=repo_id, folder_path=os.fspath(directory), **options)

@@ -64,7 +64,8 @@ def write(file, leaves: dict[tuple[str, ...], np.ndarray]) -> None:
     """
     # The format wants no gaps, and readers want each array on a multiple of its item's size.
     paths = sorted(leaves, key=lambda path: -leaves[path].dtype.itemsize)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for path in paths:
         leaf, start = leaves[path], end
         end += leaf.size * leaf.dtype.itemsize

@@ -5,6 +5,7 @@ turns: 40 ns a number by one core. Written out they are one pass, on whole vecto
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ def sooner(key):
 def random_bits(key, bit_width: int, shape: tuple):
     """uint32 of a shape: of each place's index in it, encrypted with the key (2,)."""
     size = math.prod(shape)
-    if bit_width != 32 or size >= 2**32 or not jax.config.jax_threefry_partitionable:
+    options: Any = jax.config  # no type checker knows its attributes
+    if bit_width != 32 or size >= 2**32 or not options.jax_threefry_partitionable:
         return threefry_prng_impl.random_bits(key, bit_width, shape)
     index = jax.lax.iota(jnp.uint32, size).reshape(shape)
     high, low = encrypted(key, jnp.zeros(shape, jnp.uint32), index)

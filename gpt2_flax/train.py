@@ -130,6 +130,7 @@ def train(config: TrainConfig) -> int:
         if not continuing:
             watch = cleanup.enter_context(processes.watching(output_dir, config))
             checkpoints = open_checkpoints(config, output_dir, cleanup)
+        assert checkpoints is not None
 
         # -------------------------------------------------------- restore
         state, steps_made, meta = restore(

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -49,11 +49,14 @@ __all__ = [
 ]
 
 
+T = TypeVar("T")
+
+
 class Layout(NamedTuple):
     """One of the two ways to lay weights out in files."""
 
     file: str
-    index: str
+    index: str  # type: ignore[assignment]  # not the method of a tuple
     shard: str  # of number and count
     read: Callable[[pathlib.Path], dict[str, Entry]]
     write: Callable[[Any, dict], None]
@@ -142,7 +145,7 @@ def read(
     )
 
 
-def _read_file(path: pathlib.Path, reader) -> dict[str, Entry]:
+def _read_file(path: pathlib.Path, reader: Callable[[pathlib.Path], dict[str, T]]) -> dict[str, T]:
     """A reader's arrays, its errors under the file's name."""
     try:
         with open(path, "rb") as file:

@@ -91,28 +91,35 @@ def pytest_configure(config):
 
 
 class Tiers:
-    """Leave out what is marked `slow`, unless --all is given, and say so at the end.
+    """Leave out what belongs to a longer tier, and say so at the end.
 
-    `@pytest.mark.slow(but_every=5)` leaves every fifth case of a test in the fast tier.
+    A test marked `slow` runs with --all, one marked `thorough` only with --thorough. With
+    `slow(but_every=5)` every fifth case of a test stays in the shorter tier.
     """
 
     def __init__(self, config):
-        self.everything = config.getoption("--all") or config.getoption("--thorough")
+        is_thorough = config.getoption("--thorough")
+        self.longer = [] if is_thorough else ["thorough"]
+        if not (is_thorough or config.getoption("--all")):
+            self.longer.append("slow")
         self.n_left_out = 0
 
     def pytest_collection_modifyitems(self, config, items):
-        if self.everything:
-            return
         seen = collections.Counter()  # cases of each test function
-        fast, slow = [], []
+        kept, left_out = [], []
         for item in items:
-            marker, name = item.get_closest_marker("slow"), item.nodeid.split("[")[0]
-            every = marker.kwargs.get("but_every") if marker else 1
-            (fast if every and seen[name] % every == 0 else slow).append(item)
+            name = item.nodeid.split("[")[0]
+            (left_out if self.is_left_out(item, seen[name]) else kept).append(item)
             seen[name] += 1
-        items[:] = fast
-        config.hook.pytest_deselected(items=slow)
-        self.n_left_out = len(slow)
+        items[:] = kept
+        config.hook.pytest_deselected(items=left_out)
+        self.n_left_out = len(left_out)
+
+    def is_left_out(self, item, number: int) -> bool:
+        """number: of the test's cases, from 0 on."""
+        markers = filter(None, map(item.get_closest_marker, self.longer))
+        every = [marker.kwargs.get("but_every", 0) for marker in markers]
+        return any(n == 0 or number % n for n in every)
 
     def pytest_sessionfinish(self, session):
         if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
@@ -124,10 +131,10 @@ class Tiers:
         self.n_left_out = getattr(node, "workeroutput", {}).get("n_left_out", self.n_left_out)
 
     def pytest_terminal_summary(self, terminalreporter):
-        if self.n_left_out:
+        if "slow" in self.longer and self.n_left_out:
             terminalreporter.write_line(
                 f"fast tier: {self.n_left_out} slow tests were left out;"
-                " `python -m pytest -n auto --all` runs everything"
+                " `python -m pytest -n auto --all` runs them, too"
             )
 
 

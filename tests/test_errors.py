@@ -28,6 +28,7 @@ from gpt2_flax.errors import (
     NumericsError,
     StorageError,
     UserError,
+    report,
     run_main,
 )
 
@@ -545,3 +546,9 @@ def test_a_hub_that_does_not_answer_is_the_reason(monkeypatch):
     assert str(error).startswith(
         "tokenizer t: the hub http://hub.example cannot be reached and it is not in the cache\n"
     )
+
+
+def test_no_error_shows_a_secret(monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    report(UserError("0123456789abcdef is no key for https://me:word@host/a"), debug=False)
+    assert capsys.readouterr().err == "error: <WANDB_API_KEY> is no key for https://...@host/a\n"

@@ -111,10 +111,12 @@ def alone(fork_server, text, tmp_path_factory):
         pytest.param(2, 4, {}, id="2 x 4"),
         pytest.param(2, 2, {"grad_accum": 2, "parallel": "fsdp"}, id="2 x 2, fsdp"),
         # These take up to a minute each.
-        pytest.param(2, 1, {"grad_accum": 4, "parallel": "jit"}, id="2 x 1, jit"),
-        pytest.param(4, 2, {}, id="4 x 2"),
-        pytest.param(2, 4, {"parallel": "jit"}, id="2 x 4, jit"),
-        pytest.param(4, 2, {"parallel": "fsdp"}, id="4 x 2, fsdp"),
+        pytest.param(
+            2, 1, {"grad_accum": 4, "parallel": "jit"}, id="2 x 1, jit", marks=pytest.mark.thorough
+        ),
+        pytest.param(4, 2, {}, id="4 x 2", marks=pytest.mark.thorough),
+        pytest.param(2, 4, {"parallel": "jit"}, id="2 x 4, jit", marks=pytest.mark.thorough),
+        pytest.param(4, 2, {"parallel": "fsdp"}, id="4 x 2, fsdp", marks=pytest.mark.thorough),
     ],
 )
 def test_processes_and_devices_change_nothing_but_rounding(
@@ -151,7 +153,7 @@ def test_a_run_goes_on_in_other_processes_and_by_other_engines(start, alone, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["pmap", pytest.param("fsdp")])
+@pytest.mark.parametrize("engine", ["pmap", pytest.param("fsdp", marks=pytest.mark.thorough)])
 def test_memory_is_planned_by_several_processes(start, tmp_path, engine):
     """Which pmap cannot do from shapes: it takes arrays of each process then."""
     said = {}
@@ -234,8 +236,8 @@ def unbroken(start, tmp_path_factory):
     [
         (0, signal.SIGKILL),
         (1, signal.SIGSTOP),
-        pytest.param(0, signal.SIGSTOP),
-        pytest.param(1, signal.SIGKILL),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.thorough),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.thorough),
     ],
 )
 def test_who_loses_another_process_ends_and_the_run_goes_on_afterwards(

@@ -436,7 +436,8 @@ def test_lengths_may_be_words(train_tiny, finished_run, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"9", "12"}
 
 
-@pytest.mark.slow(but_every=4)
+@pytest.mark.thorough(but_every=3)
+@pytest.mark.slow(but_every=6)
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("length", [("--max_steps", "0.1 epochs"), ("--epochs", "0.1")], ids=str)
 def test_the_learning_rate_ends_with_the_last_step(
@@ -537,7 +538,7 @@ def test_batch_size_auto_is_the_largest_that_fits(train_tiny, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["pmap", pytest.param("jit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["pmap", pytest.param("jit", marks=pytest.mark.thorough)])
 def test_batch_size_auto_counts_the_bytes_of_one_device(train_tiny, tmp_path, monkeypatch, engine):
     """Under jit the compiler's plan is of one device, too, if it is told where a batch lies."""
     planned = []

@@ -84,6 +84,7 @@ class EncodePool:
         data = [text.encode() for text in texts]
         bytes_per_id = self.ids_dtype.itemsize
         request = [numbers(len(data), bytes_per_id), numbers(*map(len, data)), *data]
+        assert worker.stdin is not None and worker.stdout is not None
         try:
             worker.stdin.writelines([*greeting, *request])
             worker.stdin.flush()
@@ -125,7 +126,7 @@ class EncodePool:
             thread.join()
         for worker in self.workers:
             worker.wait()
-            for pipe in (worker.stdin, worker.stdout):
+            for pipe in filter(None, (worker.stdin, worker.stdout)):
                 with contextlib.suppress(OSError):  # what was left to write has no reader
                     pipe.close()
 

@@ -331,7 +331,9 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 def unreadable(path, error: Exception) -> UserError:
     """The error for what was raised while a file was read."""
-    if getattr(error, "errno", None) is not None:  # gzip's and Arrow's OSErrors have none
+    if (
+        isinstance(error, OSError) and error.errno is not None
+    ):  # gzip's and Arrow's OSErrors have none
         return UserError(f"cannot read {path}: {error.strerror}")
     reason = first_line(error) if str(error) else "it ends too early"
     return UserError(
@@ -340,7 +342,7 @@ def unreadable(path, error: Exception) -> UserError:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of a library says, in a length that a message bears."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 

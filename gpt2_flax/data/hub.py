@@ -79,7 +79,7 @@ def answers(url: str) -> bool:
     return answered.is_set()
 
 
-def hub_error(what: str, error: Exception) -> UserError:
+def hub_error(what: str, error: BaseException) -> UserError:
     """The error for something that could not be had from the hub, with the ways on."""
     if not reachable():
         reason = f"the hub {endpoint()} cannot be reached and it is not in the cache"

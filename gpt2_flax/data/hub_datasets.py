@@ -13,6 +13,7 @@ import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from gpt2_flax.config import DATASET_ALIASES, TrainConfig
 from gpt2_flax.data import hub
@@ -76,7 +77,7 @@ class Rows:
             cut = next((row for row, text in lines if is_heading(text)), cut)
         return cut
 
-    def split(self, share: float) -> tuple["Rows", "Rows"]:
+    def split(self, share: float) -> tuple["Rows", ...]:
         return tuple(
             Rows(self.load, self.name, self.column, self.loaded_key, (share, is_held_out))
             for is_held_out in (False, True)
@@ -153,7 +154,7 @@ class Stream:
                         yield number * SHARD + row, text
             first += len(batch)
 
-    def split(self, share: float) -> tuple["Stream", "Stream"]:
+    def split(self, share: float) -> tuple["Stream", ...]:
         if not self.n_rows:
             raise UserError(
                 f"dataset {self.name} does not say how many rows it has, so no share of its"
@@ -212,7 +213,7 @@ def open_dataset(config: TrainConfig, folder: pathlib.Path):
         return opened.streams(column)
     request = digest(name, subset, config.dataset_split, column, hub.endpoint())
     note = folder / f"{request}.dataset.json"
-    known = None if opened.is_local else read_note(note, hub.cached_revision(name))
+    known: Any = None if opened.is_local else read_note(note, hub.cached_revision(name))
     if known is None:
         known = {
             "train": opened.fingerprint(config.dataset_split),
@@ -316,17 +317,13 @@ class Dataset:
                 f"  set --dataset_split to one of: {', '.join(splits)}"
             ) from error
 
-    def failure(self, error: Exception) -> UserError:
+    def failure(self, error: BaseException) -> UserError:
         """The error for what could not be had: no room for it, not there, or no hub."""
         what = f"dataset {self.name}{f' ({self.subset})' if self.subset else ''}"
         while type(error).__name__ == "DatasetGenerationError" and error.__cause__:
             error = error.__cause__
-        if getattr(error, "errno", None) in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EROFS,
-            errno.EACCES,
-        ):
+        no_room = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES
+        if isinstance(error, OSError) and error.errno in no_room:
             return StorageError(
                 f"{what} cannot be kept in Hugging Face's cache: {error.strerror}\n"
                 "  make room there, or set HF_HOME to another place"

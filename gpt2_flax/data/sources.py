@@ -170,7 +170,10 @@ class Text:
         before = at - 1 - begin
         marks = (block.find(mark, before) + 1 for mark in (b"\n", b" "))
         cut = next((cut for cut in marks if 0 < cut < len(block)), 0)
-        cut = cut or re.compile(rb".?[\x80-\xbf]*").match(block, before).end()
+        if not cut:
+            past_character = re.compile(rb".?[\x80-\xbf]*").match(block, before)
+            assert past_character is not None  # it matches nothing, too
+            cut = past_character.end()
         # Not inside a separator: it would be none any more.
         begins = block.find(separator, max(0, cut - len(separator) + 1), cut + len(separator) - 1)
         return begin + (cut if not separator or begins < 0 else begins)
@@ -416,7 +419,7 @@ class Files:
             read = (read - 1 + share) / share if is_held_out else read / (1 - share)
         return min(1.0, max(0.0, read))
 
-    def split(self, share: float) -> tuple["Files", "Files"]:
+    def split(self, share: float) -> tuple["Files", ...]:
         cut = functools.cache(lambda: find_cut(self.paths, self.reader, share))
         return tuple(
             Files(self.paths, self.reader, self.name, (share, is_held_out, cut))
@@ -483,7 +486,7 @@ def digest(*parts) -> str:
 # ---------------------------------------------------------------- Python's own sources
 
 
-def python_sources() -> tuple[Files, Files]:
+def python_sources() -> tuple[Files, ...]:
     """(training, validation) files of the running Python, the same for the same Python.
 
     Tests and installed packages are left out; one file in twenty, chosen by a hash of its

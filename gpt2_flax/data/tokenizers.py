@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -79,7 +80,8 @@ class Encoder:
             learned = self.learn([*lacking])
             for n, of_text in enumerate(pairs):
                 found[n] = [learned.get(*pair) for pair in of_text] or found[n]
-        return [np.frombuffer(bytearray().join(ids), np.int32) for ids in found]
+        # No id is None any more.
+        return [np.frombuffer(bytearray().join(filter(None, ids)), np.int32) for ids in found]
 
     def split(self, text: str) -> list[str]:
         """A text in words: no token of a byte-level BPE is of two of them."""
@@ -261,11 +263,12 @@ def load_local(name: str):
         files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
         check_sizes([path, *(folder / name for name in files if READ_FILES.fullmatch(name))])
         # Not AutoTokenizer: it would follow what a stranger's config.json asks for.
-        options = {"trust_remote_code": False}  # so that nobody is asked, either
+        options: dict[str, Any] = {"trust_remote_code": False}  # so that nobody is asked, either
         if TOKENIZER_FILE in files:
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
         if {"vocab.json", "merges.txt"} <= files:
-            return transformers.GPT2TokenizerFast.from_pretrained(str(folder), **options)
+            fast = transformers.GPT2TokenizerFast  # type: ignore[attr-defined]  # an alias
+            return fast.from_pretrained(str(folder), **options)
         if path.is_file():
             return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
     except UserError:

@@ -104,7 +104,7 @@ def assert_refused(run, disk, before, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [10, pytest.param(20, marks=pytest.mark.slow), 40])
+@pytest.mark.parametrize("at", [10, pytest.param(20, marks=pytest.mark.thorough), 40])
 def test_a_full_disk_at_the_first_a_middle_and_the_last_save(start, disk, at):
     with held(start, disk, at - 2, saved=at - 10) as run:
         before = tree(disk / "run" / "checkpoints") if at > 10 else {}

@@ -33,7 +33,8 @@ def settings(text, output_dir, **more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ALIKE else []) for way in WAYS]
+    "way",
+    [pytest.param(way, marks=[pytest.mark.thorough] if way in ALIKE else []) for way in WAYS],
 )
 def test_exit_0_means_saved(fork_server, text, tmp_path, thorough, way):
     fault, expected, words = WAYS[way]
@@ -74,7 +75,7 @@ def test_a_run_that_ends_by_itself_is_saved(fork_server, text, tmp_path, thoroug
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [4, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [4, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_flipped_bit_of_one_device_is_found(fork_server, text, tmp_path, devices):
     """At the next comparison, and in any case before a save."""
     for name, step, more in (
