@@ -388,6 +388,7 @@ def test_the_program_does_not_keep_a_models_weights(twin):
     assert leaf() is None
 
 
+@pytest.mark.slow
 def test_a_subclass_may_override_the_hooks(twin):
     ours, _ = twin
 

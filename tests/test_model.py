@@ -138,30 +138,6 @@ def test_initial_weights_have_gpt2s_distribution(tiny_config):
             assert abs(leaf.mean()) < 5 * std / np.sqrt(leaf.size), name
 
 
-def test_initial_loss_is_that_of_guessing(tiny_config):
-    config = tiny_config(n_embd=48)
-    logits = FlaxGPT2LMHeadModel(config)(random_ids(config)).logits
-    loss = -jax.nn.log_softmax(logits).mean()
-    assert abs(loss - np.log(31)) < 0.05
-
-
-@pytest.mark.parametrize("position", [0, 2, 4])
-def test_a_position_sees_itself_and_what_came_before(tiny_config, position):
-    """By the gradient on the position table: zero after the position, not before it."""
-    config = tiny_config()
-    _, params = torch_twin(config)
-    ids = jnp.asarray(random_ids(config))
-
-    def one_logit(wpe):
-        tree = dict(params, transformer=dict(params["transformer"], wpe={"embedding": wpe}))
-        logits = FlaxGPT2LMHeadModule(config).apply({"params": tree}, ids).logits
-        return logits[0, position].sum()
-
-    moved = np.abs(jax.grad(one_logit)(params["transformer"]["wpe"]["embedding"])).sum(-1) > 0
-    assert moved[: position + 1].all()
-    assert not moved[position + 1 :].any()
-
-
 def test_cached_steps_give_the_logits_of_one_pass(tiny_config):
     config = tiny_config()
     _, params = torch_twin(config)
@@ -204,10 +180,11 @@ def test_layer_norm_and_its_derivatives_are_autodiffs():
     ):
         np.testing.assert_allclose(got, expected, atol=1e-5)
     weigh = jnp.float32(dx)
-    for argument in range(3):
-        expected = jax.grad(lambda *a: (plain(*a) * weigh).sum(), argument)(*arguments)
-        got = jax.grad(lambda *a: (ours(*a) * weigh).sum(), argument)(*arguments)
-        np.testing.assert_allclose(got, expected, atol=1e-5)
+    got, expected = (
+        jax.grad(lambda *a, f=f: (f(*a) * weigh).sum(), (0, 1, 2))(*arguments)
+        for f in (ours, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
 def test_softmax_and_its_derivatives_are_autodiffs():
@@ -304,19 +281,6 @@ def test_no_two_masks_of_a_model_are_of_the_same_words(tiny_config, monkeypatch,
     )  # fmt: skip
     assert len(drawn) == 1 + 3 * 5
     assert len(np.unique(drawn)) == np.size(drawn) == len(drawn) * len(ids) * 2
-
-
-def test_dropout_drops_its_share_and_keeps_the_mean():
-    ones = jnp.ones((3, 50, 70))
-    words = dropout.words_of_rows(jax.random.key(0), jnp.arange(3), 1)[:, 0]
-    dropped = dropout.Dropout(0.3).apply({}, ones, words, False)
-    assert abs((dropped == 0).mean() - 0.3) < 0.02
-    np.testing.assert_allclose(dropped[dropped != 0], 1 / 0.7, rtol=1e-6)
-
-    def drop_all(x):
-        return dropout.Dropout(1.0).apply({}, x, None, False)
-
-    assert not jax.grad(lambda x: drop_all(x).sum())(ones).any()
 
 
 @pytest.mark.parametrize(
