@@ -151,7 +151,7 @@ def read_step(directory: pathlib.Path):
     return config, {path: np.asarray(leaf) for path, leaf in leaves.items()}
 
 
-def class_of(place) -> type:
+def class_of(place) -> type[pretrained.FlaxGPT2PreTrainedModel]:
     """The class whose files these are: with a head, unless config.json says otherwise."""
     named = read_json(place.get(CONFIG_FILE)).get("architectures")
     headless = named in (["GPT2Model"], ["FlaxGPT2Model"])

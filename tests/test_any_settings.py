@@ -124,6 +124,7 @@ def test_each_is_refused_in_few_words_or_can_be_planned(outcomes):
         assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_every_setting_that_is_tried_is_one_and_was_accepted_and_refused(outcomes):
     assert set(FIELDS) >= set(VALUES)
     for name in VALUES:

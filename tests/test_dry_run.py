@@ -64,6 +64,7 @@ def test_pmap_has_all_of_it_everywhere(tried):
     assert len(re.findall("all of it", said)) == said.split("\n\n")[0].count("\n")
 
 
+@pytest.mark.slow
 def test_the_plan_is_that_of_the_compiled_step(tried):
     code, said = tried("--dry_run", "--max_steps", "40")
     assert code == 0

@@ -152,6 +152,7 @@ def test_steps_that_the_run_does_not_have_are_refused(run, tmp_path):
 # ---------------------------------------------------------------- reporters
 
 
+@pytest.mark.slow
 @needs_tensorboard
 def test_tensorboard_has_the_rows_of_the_log_and_the_samples(finished):
     shown = read_tensorboard(finished)

@@ -382,7 +382,7 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(StoredRows, "batches", with_poison)
 
 
-@pytest.mark.slow(but_every=2)
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--parallel", "jit", "--grad_accum", "2")], ids=str)
 def test_bad_steps_are_left_out_and_the_run_goes_on_bitwise(
     train_tiny, tmp_path, monkeypatch, flags

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import struct
 import threading
 import time
 import uuid
@@ -478,7 +479,7 @@ def open_bin(path: pathlib.Path) -> tuple:
             begins = file.read(1 << 16)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    magic, version, count = (*np.frombuffer(begins[:12].ljust(12, b"\0"), "<i4").tolist(),)
+    magic, version, count = struct.unpack("<3i", begins[:12].ljust(12, b"\0"))
     if size >= LLM_C_HEADER_BYTES and magic in {known for known, _ in LLM_C_TYPES}:
         if (magic, version) not in LLM_C_TYPES:
             raise UserError(

@@ -94,6 +94,7 @@ def test_a_run_goes_on_with_any_number_of_devices(start, begun, tmp_path, thorou
         assert ledger == rows
 
 
+@pytest.mark.slow
 def test_what_devices_cannot_make_up_is_refused_with_what_they_can(start, begun, tmp_path):
     import shutil
 

@@ -3,6 +3,9 @@
 Real runs of scripts/train.py, real SIGKILLs: some at a random instant, some while a checkpoint is
 being written, some while an old one is being deleted, some before the first save. Afterwards
 everything a run has learned is bitwise that of a run that was left alone.
+
+The fast tier has one of these kills, though it costs some 20 processor seconds: it is the one that
+shows what users are promised.
 """
 
 import random
@@ -18,7 +21,8 @@ SAVE_EVERY = SETTINGS["save_every"]
 # How often a kill comes where: (in the fast tier, with --all, with --thorough).
 PLACES = {
     "before the first save": (0, 1, 2),
-    "inside a save": (1, 3, 25),
+    "after a save": (1, 0, 0),
+    "inside a save": (0, 3, 25),
     "inside a deletion": (0, 1, 5),
     "anywhere": (0, 1, 18),
 }
@@ -70,6 +74,8 @@ def test_any_kill_is_survived_bitwise(fork_server, text, tmp_path, thorough, tie
             wait_for(run, lambda: len(steps_of(broken)) > seen)  # noqa: B023
             wait_for(run, in_checkpoints(broken, "*.orbax-checkpoint-tmp*/state/*"))
             time.sleep(rng.random() * 0.01)
+        elif place == "after a save":
+            wait_for(run, lambda: saved_steps(broken) and steps_of(broken)[-1] > SAVE_EVERY + 2)
         elif place == "inside a deletion":
             wait_for(run, in_checkpoints(broken, ".trash/*"))
         elif place == "anywhere":
@@ -82,7 +88,7 @@ def test_any_kill_is_survived_bitwise(fork_server, text, tmp_path, thorough, tie
     assert "is damaged" not in run.text()
     # A save is written while the run goes on, here for many of its short steps: a kill inside
     # it costs those too. The next save waits for it, so there are at most as many again.
-    assert len(redone) >= len(kills) // 2 and max(redone) <= 2 * SAVE_EVERY, redone
+    assert len(redone) >= (len(kills) + 1) // 2 and max(redone) <= 2 * SAVE_EVERY, redone
 
     (state, cursor), (expected, expected_cursor) = learned(broken), learned(unbroken)
     assert cursor == expected_cursor
