@@ -60,7 +60,8 @@ def model(twin):
 @pytest.fixture(scope="module")
 def trained():
     """(our model, PyTorch's, 20 prompts of 6 bytes): trained to count, each line up to twelve."""
-    words = "one two three four five six seven eight nine ten eleven twelve".split()
+    counted = "one two three four five six seven eight nine ten eleven twelve"
+    words = counted.split()
     starts = np.random.default_rng(0).integers(0, 12, 600)
     text = "".join(" ".join(words[start:]) + "\n" for start in starts)
     data = torch.tensor(list(text.encode()))
