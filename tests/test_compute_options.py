@@ -16,6 +16,7 @@ from gpt2_flax.model import ACTIVATIONS, FlaxGPT2Block, FlaxGPT2LMHeadModule, _i
 from tests.test_step import T, random_batches
 
 DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def loss_and_gradient(config, params=None, dtype=jnp.float32, key=None, positions=T, **fields):
@@ -44,26 +45,27 @@ def assert_alike(got, expected, rtol=1e-5):
         np.testing.assert_allclose(leaf, other, atol=rtol * max(scale, 1e-2), err_msg=name)
 
 
-# ---------------------------------------------------------------- layers in a scan
+# ---------------------------------------------------------------- layers, scanned or traced once
 
 
-@pytest.mark.thorough(but_every=4)
-@pytest.mark.slow(but_every=12)
-@pytest.mark.parametrize("config", [{}, DROPOUT, {"n_inner": 7, "n_layer": 3}], ids=str)
 @pytest.mark.parametrize(
-    "fields",
+    ("changes", "fields"),
     [
-        {},
-        {"gradient_checkpointing": True},
-        {"attention_checkpointing": True, "keeps_little": True},
+        (DROPOUT, {"scanned": True, "keeps_little": True}),
+        (DROPOUT, {"traced_once": True, "keeps_little": True}),
+        slow({"n_inner": 7, "n_layer": 3}, {"scanned": True, "gradient_checkpointing": True}),
+        slow(DROPOUT, {"traced_once": True, "attention_checkpointing": True}),
+        # Layers that differ, and masks of the original class.
+        slow({"scale_attn_by_inverse_layer_idx": True}, {"scanned": True}),
+        slow(DROPOUT, {"scanned": True, "hf_flax_compat": True}),
+        slow(DROPOUT, {"traced_once": True, "hf_flax_compat": True}),
     ],
     ids=str,
 )
-def test_scanned_layers_are_the_same_layers(tiny_config, config, fields):
-    config, key = tiny_config(**config), jax.random.key(5)
-    expected = loss_and_gradient(config, key=key)
-    got = loss_and_gradient(config, key=key, scanned=True, **fields)
-    assert_alike(got, expected)
+def test_layers_scanned_or_traced_once_are_the_same_layers(tiny_config, changes, fields):
+    config, key = tiny_config(**changes), jax.random.key(5)
+    expected = loss_and_gradient(config, key=key, hf_flax_compat="hf_flax_compat" in fields)
+    assert_alike(loss_and_gradient(config, key=key, **fields), expected)
 
 
 def test_a_scan_s_program_is_that_of_one_layer(tiny_config):
@@ -79,64 +81,22 @@ def test_a_scan_s_program_is_that_of_one_layer(tiny_config):
     assert products(scanned=True) * 3 < products()
 
 
-def test_layers_that_differ_are_not_scanned(tiny_config):
-    config = tiny_config(scale_attn_by_inverse_layer_idx=True)
-    assert_alike(loss_and_gradient(config, scanned=True), loss_and_gradient(config))
-
-
-def test_masks_of_the_original_class_are_not_scanned(tiny_config):
-    config, key = tiny_config(**DROPOUT), jax.random.key(5)
-    expected = loss_and_gradient(config, key=key, hf_flax_compat=True)
-    assert_alike(loss_and_gradient(config, key=key, hf_flax_compat=True, scanned=True), expected)
-
-
 @pytest.mark.slow
 def test_a_scan_gathers_shards_layer_by_layer(tiny_config, monkeypatch):
     monkeypatch.setattr(fsdp, "LEAST", 64)
-    config = tiny_config(n_embd=24, n_layer=3, **DROPOUT)
+    config = tiny_config(n_embd=24, n_layer=2, **DROPOUT)
     batch = parallel.put_batch(next(random_batches(16, 1)), 1, "fsdp")
-    gradients = []
-    for fields in ({}, {"scanned": True}, {"scanned": True, "gradient_checkpointing": True}):
+    params = parallel.make_state(lambda key: initial(config), jax.random.key(0), "fsdp")
+
+    def loss_and_gradient(**fields):
         module = FlaxGPT2LMHeadModule(config, **fields)
-        params = parallel.make_state(lambda key: initial(config), jax.random.key(0), "fsdp")
+        shards = functools.partial(fsdp.over_shards, mesh=parallel.mesh(), has_gradient=True)
+        key = jax.random.key(2)
+        return jax.jit(lambda p, b: shards(step.gradient_sums, p, b, key, module, None)[::2])(
+            params, batch
+        )
 
-        def sums(params, batch, module=module):
-            loss, _, gradient = fsdp.over_shards(
-                step.gradient_sums, params, batch, jax.random.key(2), module, None,
-                mesh=parallel.mesh(), has_gradient=True,
-            )  # fmt: skip
-            return loss, gradient
-
-        gradients.append(jax.jit(sums)(params, batch))
-    assert_alike(gradients[1], gradients[0])
-    assert_alike(gradients[2], gradients[0])
-
-
-# ---------------------------------------------------------------- one layer traced for all
-
-
-@pytest.mark.thorough(but_every=4)
-@pytest.mark.slow(but_every=20)
-@pytest.mark.parametrize(
-    "config",
-    [{}, DROPOUT, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 7, "n_layer": 3}],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"keeps_little": True},
-        {"gradient_checkpointing": True},
-        {"attention_checkpointing": True, "keeps_little": True},
-        {"hf_flax_compat": True},
-    ],
-    ids=str,
-)
-def test_layers_traced_once_are_the_same_layers(tiny_config, config, fields):
-    config, key = tiny_config(**config), jax.random.key(5)
-    expected = loss_and_gradient(config, key=key, **fields)
-    assert_alike(loss_and_gradient(config, key=key, traced_once=True, **fields), expected)
+    assert_alike(loss_and_gradient(scanned=True, gradient_checkpointing=True), loss_and_gradient())
 
 
 def test_of_layers_traced_once_all_states_and_probabilities_are_there(tiny_config):
@@ -193,19 +153,17 @@ def test_the_update_is_traced_once_for_both_its_halves(tiny_config):
 # ---------------------------------------------------------------- dropout
 
 
-@pytest.mark.slow
-def test_each_layer_and_each_step_has_masks_of_its_own(tiny_config):
+def test_each_layer_and_each_key_has_masks_of_its_own(tiny_config):
     """Layers of equal parameters would else do the same to equal inputs."""
     config = tiny_config(n_layer=2, **DROPOUT)
-    losses = {float(loss_and_gradient(config, key=jax.random.key(seed))[0]) for seed in range(5)}
-    assert len(losses) == 5
-    params = initial(config)
+    params, batch = initial(config), next(random_batches(4, 1))
+    module = FlaxGPT2LMHeadModule(config)
+    loss = jax.jit(lambda params, key: step.loss_sum(params, batch, key, module)[0])
+    assert len({float(loss(params, jax.random.key(seed))) for seed in range(5)}) == 5
     blocks = params["transformer"]["h"]
-    swapped = params | {"transformer": params["transformer"] | {
-        "h": {"0": blocks["1"], "1": blocks["0"]}}}  # fmt: skip
-    key = jax.random.key(9)
-    assert loss_and_gradient(config, params, key=key)[0] != loss_and_gradient(
-        config, swapped, key=key)[0]  # fmt: skip
+    in_turn = {"0": blocks["1"], "1": blocks["0"]}
+    swapped = params | {"transformer": params["transformer"] | {"h": in_turn}}
+    assert loss(params, jax.random.key(9)) != loss(swapped, jax.random.key(9))
 
 
 # ---------------------------------------------------------------- bfloat16
@@ -271,14 +229,11 @@ def instructions(compiled) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)]
-)
-def test_on_one_device_pmap_and_jit_run_the_same_program(tiny_config, monkeypatch, dtype):
+def test_on_one_device_pmap_and_jit_run_the_same_program(tiny_config, monkeypatch):
     monkeypatch.setattr(devices, "_imagined", jax.devices()[:1])
     programs = []
     for engine in ("pmap", "jit"):
-        settings = TrainConfig(batch_size=2, dtype=dtype, parallel=engine)
+        settings = TrainConfig(batch_size=2, parallel=engine)
         module = plan.make_module(settings, tiny_config(resid_pdrop=0.1))
         optimizer, update = plan.trial(settings, module)
         state = parallel.shapes_on_devices(step.state_shapes(module, optimizer), engine)

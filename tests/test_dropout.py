@@ -73,8 +73,8 @@ def masks(rate, n_masks=40, shape=(2, 192, 320)):
     return (kept - (1.0 - rate)) / np.sqrt(rate * (1.0 - rate))
 
 
-@pytest.mark.slow(but_every=5)
-@pytest.mark.parametrize("rate", [0.01, 0.1, 0.2, 0.5, 0.9])
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
 def test_masks_keep_their_share_and_lines_are_independent(rate):
     """Lines, columns and tiles: products of two are those of independent draws.
 
@@ -99,14 +99,13 @@ def test_masks_keep_their_share_and_lines_are_independent(rate):
         assert abs((others**2).mean() - 1.0) < 5 * error + 0.003
 
 
-@pytest.mark.slow
 def test_the_share_kept_is_right_for_every_rate():
     """By all 2**16 upper halves of a sum, each with some lower halves."""
     upper = np.arange(2**16, dtype=np.uint32) << 16
-    lower = np.random.default_rng(0).integers(0, 2**16, 4096, dtype=np.uint32)
-    rates = [0.001, 0.05, 0.1, 0.3, 0.5, 0.75, 0.999]
+    lower = np.random.default_rng(0).integers(0, 2**16, 256, dtype=np.uint32)
+    rates = [0.001, 0.1, 0.5, 0.999]
     kept = dict.fromkeys(rates, 0)
-    for part in np.split(lower, 16):
+    for part in np.split(lower, 256):
         for rate in rates:
             kept[rate] += int(np.asarray(dropout.is_kept(upper, part, rate)).sum())
     for rate, count in kept.items():
@@ -126,10 +125,15 @@ def test_masks_follow_the_row_and_the_shape():
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
 def test_dropout_zeroes_its_share_and_scales_the_rest(rate):
-    x = jnp.ones((6, 128, 192))
-    module = dropout.Dropout(rate)
-    out = module.apply({}, x, words(jax.random.key(0), jnp.arange(6)), False)
+    """And their gradients."""
+    x, module = jnp.ones((6, 128, 192)), dropout.Dropout(rate)
+
+    def drop(x):
+        return module.apply({}, x, words(jax.random.key(0), jnp.arange(6)), False)
+
+    out = drop(x)
     np.testing.assert_array_equal(module.apply({}, x, None, True), x)
     assert set(np.unique(out)) <= {0.0, np.float32(1 / (1 - rate)) if rate < 1 else 0.0}
     spread = np.sqrt(rate / max(1e-9, 1 - rate) / x.size)
     assert abs(float(out.mean()) - (rate < 1)) <= 5 * spread
+    np.testing.assert_array_equal(jax.grad(lambda x: drop(x).sum())(x), out)  # x is all ones

@@ -11,21 +11,21 @@ import pytest
 from gpt2_flax import FlaxGPT2LMHeadModel, initialization, optim, parallel, plan, step
 from gpt2_flax.initialization import draw_parameters, parameter_shapes
 from gpt2_flax.model import FlaxGPT2LMHeadModule, FlaxGPT2Module
+from tests.tiers import combinations
 
 IDS = jnp.zeros((1, 1), jnp.int32)
-MODULES = pytest.mark.parametrize("make", [FlaxGPT2Module, FlaxGPT2LMHeadModule])
-KINDS = pytest.mark.parametrize("changes", [
+CHANGES = [
     {}, {"tie_word_embeddings": False, "n_layer": 1}, {"add_cross_attention": True, "n_layer": 3},
     {"initializer_range": 0.5, "n_inner": 20},
-])  # fmt: skip
+]  # fmt: skip
 
 
 def assert_same(tree, expected):
     jax.tree.map(np.testing.assert_array_equal, tree, expected)
 
 
-@MODULES
-@KINDS
+@pytest.mark.parametrize("make", [FlaxGPT2Module, FlaxGPT2LMHeadModule])
+@pytest.mark.parametrize("changes", CHANGES)
 def test_shapes_from_one_block_are_those_of_all(tiny_config, make, changes):
     module = make(tiny_config(**changes))
     expected = jax.eval_shape(module.init, jax.random.key(0), IDS)
@@ -33,10 +33,11 @@ def test_shapes_from_one_block_are_those_of_all(tiny_config, make, changes):
     assert module.config.n_layer == changes.get("n_layer", 2)  # is not touched
 
 
-@pytest.mark.slow(but_every=16)
-@MODULES
-@KINDS
-@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize(
+    ("make", "changes", "compat"),
+    # Every third: each module, each change and both ways to draw are among them.
+    combinations([FlaxGPT2Module, FlaxGPT2LMHeadModule], CHANGES, [False, True], every=7)[::3],
+)
 def test_what_is_drawn_is_what_init_draws(tiny_config, make, changes, compat):
     module = make(tiny_config(**changes), hf_flax_compat=compat)
     key = jax.random.key(7)
@@ -78,11 +79,17 @@ def test_a_module_of_ones_own_is_drawn_by_its_init(tiny_config):
         draw_parameters(model.module, key)
 
 
-@pytest.mark.slow(but_every=5)
-@pytest.mark.parametrize("engine", ["pmap", "jit", "fsdp"])
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        ("fsdp", "adamw"),
+        ("pmap", "adafactor"),
+        pytest.param("jit", "muon", marks=pytest.mark.slow),
+        pytest.param("fsdp", "muon", marks=pytest.mark.slow),
+    ],
+)
 def test_a_new_state_is_init_states(tiny_config, engine, name):
-    module = FlaxGPT2LMHeadModule(tiny_config(n_embd=24))
+    module = FlaxGPT2LMHeadModule(tiny_config(n_embd=24, n_layer=1))
     optimizer = optim.make_optimizer(name, optax.constant_schedule(1e-3), 0.1, 0.9, 0.95, 1e-8, 1)
     make = functools.partial(step.init_state, model=module, optimizer=optimizer)
     expected = parallel.make_state(make, jax.random.key(2), engine)

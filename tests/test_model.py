@@ -79,10 +79,8 @@ def test_logits_of_left_padded_rows_are_pytorchs(tiny_config):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.slow(but_every=2)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_are_pytorchs(tiny_config, compiled):
-    """Compiled and not: XLA's CPU fusions have had wrong gradients (jaxlib 0.10.2 and later)."""
+def test_gradients_are_pytorchs(tiny_config):
+    """Compiled: XLA's CPU fusions have had wrong gradients (jaxlib 0.10.2 and later)."""
     config = tiny_config()
     oracle, params = torch_twin(config)
     ids = random_ids(config)
@@ -96,8 +94,7 @@ def test_gradients_are_pytorchs(tiny_config, compiled):
         log_probs = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(log_probs, jnp.asarray(ids)[:, 1:, None], -1).mean()
 
-    gradient = jax.jit(jax.grad(loss)) if compiled else jax.grad(loss)
-    got = flatten_dict(gradient(params))
+    got = flatten_dict(jax.jit(jax.grad(loss))(params))
     for name, leaf in flatten_dict(expected).items():
         assert np.abs(leaf).max() > 1e-5, name
         np.testing.assert_allclose(got[name], leaf, atol=1e-6, err_msg=str(name))
@@ -139,30 +136,6 @@ def test_initial_weights_have_gpt2s_distribution(tiny_config):
             std = 0.02 / np.sqrt(2 * 8) if "c_proj" in name else 0.02
             assert abs(leaf.std() / std - 1) < 0.03, name
             assert abs(leaf.mean()) < 5 * std / np.sqrt(leaf.size), name
-
-
-def test_initial_loss_is_that_of_guessing(tiny_config):
-    config = tiny_config(n_embd=48)
-    logits = FlaxGPT2LMHeadModel(config)(random_ids(config)).logits
-    loss = -jax.nn.log_softmax(logits).mean()
-    assert abs(loss - np.log(31)) < 0.05
-
-
-@pytest.mark.parametrize("position", [0, 2, 4])
-def test_a_position_sees_itself_and_what_came_before(tiny_config, position):
-    """By the gradient on the position table: zero after the position, not before it."""
-    config = tiny_config()
-    _, params = torch_twin(config)
-    ids = jnp.asarray(random_ids(config))
-
-    def one_logit(wpe):
-        tree = dict(params, transformer=dict(params["transformer"], wpe={"embedding": wpe}))
-        logits = FlaxGPT2LMHeadModule(config).apply({"params": tree}, ids).logits
-        return logits[0, position].sum()
-
-    moved = np.abs(jax.grad(one_logit)(params["transformer"]["wpe"]["embedding"])).sum(-1) > 0
-    assert moved[: position + 1].all()
-    assert not moved[position + 1 :].any()
 
 
 def test_cached_steps_give_the_logits_of_one_pass(tiny_config):
@@ -207,10 +180,11 @@ def test_layer_norm_and_its_derivatives_are_autodiffs():
     ):
         np.testing.assert_allclose(got, expected, atol=1e-5)
     weigh = jnp.float32(dx)
-    for argument in range(3):
-        expected = jax.grad(lambda *a: (plain(*a) * weigh).sum(), argument)(*arguments)
-        got = jax.grad(lambda *a: (ours(*a) * weigh).sum(), argument)(*arguments)
-        np.testing.assert_allclose(got, expected, atol=1e-5)
+    got, expected = (
+        jax.grad(lambda *a, f=f: (f(*a) * weigh).sum(), (0, 1, 2))(*arguments)
+        for f in (ours, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
 def test_softmax_and_its_derivatives_are_autodiffs():
@@ -266,13 +240,13 @@ def equations(program):
                 yield from equations(value)
 
 
-@pytest.mark.slow
 def test_dropout_follows_the_row_not_its_place(tiny_config):
-    config = tiny_config(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    config = tiny_config(n_layer=1, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     _, params = torch_twin(config)
     ids, rows = jnp.asarray(random_ids(config)), jnp.array([4, 9])
     module, key = FlaxGPT2LMHeadModule(config), jax.random.key(1)
 
+    @jax.jit
     def run(ids, rows, key):
         return module.apply(
             {"params": params}, ids, deterministic=False, row_ids=rows, rngs={"dropout": key}
@@ -283,8 +257,7 @@ def test_dropout_follows_the_row_not_its_place(tiny_config):
     np.testing.assert_allclose(run(ids[1:], rows[1:], key), logits[1:], atol=1e-6)
     assert not np.allclose(run(ids, rows + 1, key), logits)
     assert not np.allclose(run(ids, rows, jax.random.key(2)), logits)
-    same_ids = jnp.tile(ids[:1], (2, 1))
-    twins = run(same_ids, rows, key)
+    twins = run(jnp.tile(ids[:1], (2, 1)), rows, key)
     assert not np.allclose(twins[0], twins[1])
 
 
@@ -308,19 +281,6 @@ def test_no_two_masks_of_a_model_are_of_the_same_words(tiny_config, monkeypatch,
     )  # fmt: skip
     assert len(drawn) == 1 + 3 * 5
     assert len(np.unique(drawn)) == np.size(drawn) == len(drawn) * len(ids) * 2
-
-
-def test_dropout_drops_its_share_and_keeps_the_mean():
-    ones = jnp.ones((3, 50, 70))
-    words = dropout.words_of_rows(jax.random.key(0), jnp.arange(3), 1)[:, 0]
-    dropped = dropout.Dropout(0.3).apply({}, ones, words, False)
-    assert abs((dropped == 0).mean() - 0.3) < 0.02
-    np.testing.assert_allclose(dropped[dropped != 0], 1 / 0.7, rtol=1e-6)
-
-    def drop_all(x):
-        return dropout.Dropout(1.0).apply({}, x, None, False)
-
-    assert not jax.grad(lambda x: drop_all(x).sum())(ones).any()
 
 
 @pytest.mark.parametrize(
@@ -412,29 +372,16 @@ def test_hidden_states_and_attentions_are_pytorchs(tiny_config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes",
+    ("kind", "share", "attn_pdrop", "changes"),
     [
-        pytest.param({}, id="self"),
-        pytest.param({"add_cross_attention": True}, id="cross", marks=pytest.mark.thorough),
+        ("gradient_checkpointing", 0.6, 0.0, {}),
+        ("attention_checkpointing", 0.7, 0.3, {"add_cross_attention": True}),
     ],
 )
-@pytest.mark.parametrize(
-    ("kind", "share", "attn_pdrop"),
-    [
-        ("gradient_checkpointing", 0.6, 0.0),
-        pytest.param("attention_checkpointing", 0.7, 0.0, marks=pytest.mark.thorough),
-        ("attention_checkpointing", 0.7, 0.3),
-    ],
-)
-def test_checkpointing_changes_memory_only(tiny_config, changes, kind, share, attn_pdrop):
+def test_remat_changes_memory_only(tiny_config, kind, share, attn_pdrop, changes):
     """Gradients, dropout included; the memory of 124M is measured in docs/benchmarks.md."""
     config = tiny_config(
-        resid_pdrop=0.3,
-        attn_pdrop=attn_pdrop,
-        embd_pdrop=0.0,
-        n_layer=3,
-        n_positions=128,
-        **changes,
+        n_layer=3, n_positions=128, resid_pdrop=0.3, attn_pdrop=attn_pdrop, **changes
     )
     params = torch_twin(config)[1]
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 31, (B, 128)))
@@ -481,9 +428,13 @@ def test_a_padded_vocabulary_has_no_parameters_and_no_probability(tiny_config, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    "settings", [{}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]
+    ("dtype", "settings"),
+    [
+        (jnp.float32, {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}),
+        (jnp.bfloat16, {}),
+    ],
+    ids=str,
 )
 def test_one_more_position_is_what_it_is_elsewhere(monkeypatch, dtype, settings):
     """On a CPU the new key and value are taken beside the cache, and written afterwards."""
