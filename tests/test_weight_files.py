@@ -19,12 +19,13 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_flax import msgpack_files, safetensors_files, weights
+from gpt2_flax import FlaxGPT2LMHeadModel, msgpack_files, safetensors_files, weights
 from gpt2_flax.errors import MissingFileError, UserError
+from gpt2_flax.pretrained import param_shapes
 from gpt2_flax.weight_names import from_pytorch_name, to_pytorch_name
 
 V, P, D, I, L = 31, 7, 12, 20, 2  # noqa: E741  the inner width has this name everywhere
@@ -954,3 +955,40 @@ def test_one_leaf_under_two_names_is_refused():
     leaves = make_leaves()
     with pytest.raises(UserError, match="wte/embedding stands in it with and without transformer"):
         weights.fit(leaves | make_leaves(base=True), shapes_of(leaves), "here")
+
+
+def test_square_kernels_are_transposed_too(tiny_config):
+    """A missed transpose of a square matrix passes every check of shapes."""
+    params = FlaxGPT2LMHeadModel(tiny_config()).params
+    kernel = params["transformer"]["h"]["1"]["attn"]["c_proj"]["kernel"]
+    got = weights.to_pytorch(params)["transformer.h.1.attn.c_proj.weight"]
+    assert got.shape == (12, 12)
+    np.testing.assert_array_equal(got, np.asarray(kernel).T)
+    assert got.flags.c_contiguous
+
+
+def test_old_buffers_and_a_written_tied_head_are_passed_over(tiny_config):
+    config = tiny_config()
+    params = FlaxGPT2LMHeadModel(config).params
+    tensors = weights.to_pytorch(params) | {
+        "transformer.h.0.attn.bias": np.ones((1, 1, 7, 7), bool),
+        "transformer.h.0.attn.masked_bias": np.float32(-1e4),
+        "lm_head.weight": np.asarray(params["transformer"]["wte"]["embedding"]),
+    }
+    got = weights.from_pytorch(tensors, param_shapes(config))
+    assert_same(flatten_dict(got), flatten_dict(jax.device_get(params)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("transformer.ln_f.bias"), "ln_f.bias is missing"),
+        (lambda t: t.update({"transformer.wpe.weight": np.zeros((3, 12))}), r"wpe.*\(3, 12\)"),
+        (lambda t: t.update({"transformer.h.9.ln_1.bias": np.zeros(12)}), "h.9.ln_1.bias is unk"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tiny_config, change, message):
+    tensors = weights.to_pytorch(FlaxGPT2LMHeadModel(tiny_config()).params)
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        weights.from_pytorch(tensors, param_shapes(tiny_config()))
