@@ -908,8 +908,13 @@ def test_a_head_is_missing_or_passed_over_or_unexpected():
     written = tied | {head: tied[("transformer", "wte", "embedding")].T}
     fit = weights.fit(written, shapes_of(tied), "here")
     assert (fit.missing, fit.unexpected, head in fit.leaves) == (set(), set(), False)
-    # A head of its own, in a model whose configuration says that it is tied.
-    assert weights.fit(untied, shapes_of(tied), "here").unexpected == {head}
+    # A head that differs from wte makes the model untied, whatever its configuration says.
+    said_tied = transformers.GPT2Config(tie_word_embeddings=True)
+    settled, config = weights.settle_head(untied, said_tied, "here", has_head=True)
+    assert (config.tie_word_embeddings, said_tied.tie_word_embeddings) == (False, True)
+    assert_same(settled, untied)
+    _, config = weights.settle_head(written, said_tied, "here", has_head=True)
+    assert config.tie_word_embeddings
     assert weights.fit(untied, shapes_of(make_leaves(base=True)), "here").unexpected == set()
     bare = without_prefix(untied)
     assert_same(weights.fit(bare, shapes_of(untied), "here").leaves, untied)
