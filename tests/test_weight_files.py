@@ -19,12 +19,13 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_flax import msgpack_files, safetensors_files, weights
+from gpt2_flax import FlaxGPT2LMHeadModel, msgpack_files, safetensors_files, weights
 from gpt2_flax.errors import MissingFileError, UserError
+from gpt2_flax.pretrained import param_shapes
 from gpt2_flax.weight_names import from_pytorch_name, to_pytorch_name
 
 V, P, D, I, L = 31, 7, 12, 20, 2  # noqa: E741  the inner width has this name everywhere
@@ -907,8 +908,13 @@ def test_a_head_is_missing_or_passed_over_or_unexpected():
     written = tied | {head: tied[("transformer", "wte", "embedding")].T}
     fit = weights.fit(written, shapes_of(tied), "here")
     assert (fit.missing, fit.unexpected, head in fit.leaves) == (set(), set(), False)
-    # A head of its own, in a model whose configuration says that it is tied.
-    assert weights.fit(untied, shapes_of(tied), "here").unexpected == {head}
+    # A head that differs from wte makes the model untied, whatever its configuration says.
+    said_tied = transformers.GPT2Config(tie_word_embeddings=True)
+    settled, config = weights.settle_head(untied, said_tied, "here", has_head=True)
+    assert (config.tie_word_embeddings, said_tied.tie_word_embeddings) == (False, True)
+    assert_same(settled, untied)
+    _, config = weights.settle_head(written, said_tied, "here", has_head=True)
+    assert config.tie_word_embeddings
     assert weights.fit(untied, shapes_of(make_leaves(base=True)), "here").unexpected == set()
     bare = without_prefix(untied)
     assert_same(weights.fit(bare, shapes_of(untied), "here").leaves, untied)
@@ -954,3 +960,54 @@ def test_one_leaf_under_two_names_is_refused():
     leaves = make_leaves()
     with pytest.raises(UserError, match="wte/embedding stands in it with and without transformer"):
         weights.fit(leaves | make_leaves(base=True), shapes_of(leaves), "here")
+
+
+def test_square_kernels_are_transposed_too(tiny_config):
+    """A missed transpose of a square matrix passes every check of shapes."""
+    params = FlaxGPT2LMHeadModel(tiny_config()).params
+    kernel = params["transformer"]["h"]["1"]["attn"]["c_proj"]["kernel"]
+    got = weights.to_pytorch(params)["transformer.h.1.attn.c_proj.weight"]
+    assert got.shape == (12, 12)
+    np.testing.assert_array_equal(got, np.asarray(kernel).T)
+    assert got.flags.c_contiguous
+
+
+def test_old_buffers_and_a_written_tied_head_are_passed_over(tiny_config):
+    config = tiny_config()
+    params = FlaxGPT2LMHeadModel(config).params
+    tensors = weights.to_pytorch(params) | {
+        "transformer.h.0.attn.bias": np.ones((1, 1, 7, 7), bool),
+        "transformer.h.0.attn.masked_bias": np.float32(-1e4),
+        "lm_head.weight": np.asarray(params["transformer"]["wte"]["embedding"]),
+    }
+    got = weights.from_pytorch(tensors, param_shapes(config))
+    assert_same(flatten_dict(got), flatten_dict(jax.device_get(params)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("transformer.ln_f.bias"), "ln_f.bias is missing"),
+        (lambda t: t.update({"transformer.wpe.weight": np.zeros((3, 12))}), r"wpe.*\(3, 12\)"),
+        (lambda t: t.update({"transformer.h.9.ln_1.bias": np.zeros(12)}), "h.9.ln_1.bias is unk"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tiny_config, change, message):
+    tensors = weights.to_pytorch(FlaxGPT2LMHeadModel(tiny_config()).params)
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        weights.from_pytorch(tensors, param_shapes(tiny_config()))
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    weights.write_atomically(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        weights.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
