@@ -45,7 +45,6 @@ __all__ = [
     "save",
     "to_pytorch",
     "to_pytorch_name",
-    "write_atomically",
 ]
 
 
@@ -435,15 +434,6 @@ def parse_size(size: int | str) -> int:
             f"max_shard_size {size!r:.40} is no size, expected bytes or text like '5GB', '200MiB'"
         )
     return number
-
-
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync it, rename it."""
-    temporary = _stage(path, lambda file: file.write(data))
-    try:
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _stage(path: pathlib.Path, content: Callable) -> pathlib.Path:

@@ -1,6 +1,7 @@
 """First parameters against flax's own `init` of the same modules."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import pytest
 from gpt2_flax import FlaxGPT2LMHeadModel, initialization, optim, parallel, plan, step
 from gpt2_flax.initialization import draw_parameters, parameter_shapes
 from gpt2_flax.model import FlaxGPT2LMHeadModule, FlaxGPT2Module
-from tests.tiers import combinations
 
 IDS = jnp.zeros((1, 1), jnp.int32)
 CHANGES = [
@@ -33,10 +33,11 @@ def test_shapes_from_one_block_are_those_of_all(tiny_config, make, changes):
     assert module.config.n_layer == changes.get("n_layer", 2)  # is not touched
 
 
+@pytest.mark.slow(but_every=3)
 @pytest.mark.parametrize(
     ("make", "changes", "compat"),
     # Every third: each module, each change and both ways to draw are among them.
-    combinations([FlaxGPT2Module, FlaxGPT2LMHeadModule], CHANGES, [False, True], every=7)[::3],
+    [*itertools.product([FlaxGPT2Module, FlaxGPT2LMHeadModule], CHANGES, [False, True])][::3],
 )
 def test_what_is_drawn_is_what_init_draws(tiny_config, make, changes, compat):
     module = make(tiny_config(**changes), hf_flax_compat=compat)
