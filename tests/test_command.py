@@ -73,7 +73,7 @@ def test_a_script_is_named_by_itself_again_afterwards(gpt2_flax):
         load_config(["--qqqq"])
 
 
-def test_a_run_names_the_command_that_it_was_started_by(finished_run):
+def test_a_run_names_the_command_that_it_was_started_by():
     with command_names.typed_as_gpt2_flax():
         assert command_names.typed("generate") == "gpt2-flax generate"
     assert command_names.typed("generate") == "python scripts/generate.py"

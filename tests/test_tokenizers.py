@@ -341,7 +341,7 @@ def test_tokenizers_of_other_kinds_are_loaded(tmp_path, name):
     assert_same(load_tokenizer(str(tmp_path)), saved)
 
 
-@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # transformers 5.3
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # transformers 5.9
 def test_vocabulary_and_merges_alone_are_enough(tmp_path):
     tokenizer = make_tokenizer("bpe:411", CORPUS)
     tokenizer.fast.backend_tokenizer.model.save(str(tmp_path))
