@@ -16,8 +16,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def gpt2_flax(capsys):
-    """`gpt2_flax(*argv)` runs the command in this process; (exit code, stdout, stderr)."""
+def gpt2_flax(capsys, monkeypatch):
+    """`gpt2_flax(*argv)` runs the command in this process; (exit code, stdout, stderr).
+
+    The process is not started again for huge pages, and keeps PyTorch and its flags of XLA.
+    """
+    monkeypatch.setattr(huge_pages, "start_again", lambda: None)
+    monkeypatch.setattr(cli.xla_flags, "set_defaults", lambda: None)
+    monkeypatch.setattr(cli, "leave_out_torch", lambda: None)
 
     def run(*argv):
         try:

@@ -301,6 +301,7 @@ def test_a_run_and_one_of_its_checkpoints_can_be_started_from(run, settings, tmp
         assert_same(params, expected)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_opens_in_pytorch(run, tmp_path):
     convert.to_pytorch(checkpoint_files.locate(run, 1), tmp_path / "step", verify=True)
     assert (tmp_path / "step" / "tokenizer.json").is_file()

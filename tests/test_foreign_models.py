@@ -45,6 +45,7 @@ def test_general_names_in_config_json_are_gpt2s_names(tmp_path):
     check_opens_like_pytorch(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.slow(but_every=4)
 @pytest.mark.parametrize("prefix", ["transformer.", ""], ids=["prefix", "no prefix"])
 @pytest.mark.parametrize(
     ("tied", "held"),

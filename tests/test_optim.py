@@ -165,6 +165,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(tied, tiny_confi
         assert chosen == expected, path
 
 
+@pytest.mark.slow(but_every=5)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decay_is_decoupled_from_the_gradient(name, tiny_config):
     config = tiny_config(n_layer=1)

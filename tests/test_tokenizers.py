@@ -107,6 +107,7 @@ def check_ids(encoder: Encoder, batch: list[str]):
         assert found.tolist() == encoding.ids
 
 
+@pytest.mark.slow(but_every=3)
 @many_examples
 @given(batch=st.lists(texts, max_size=4), longest=st.integers(0, 9), most=st.integers(0, 5000))
 @example(
