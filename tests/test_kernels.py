@@ -226,7 +226,7 @@ def programs_for_cuda(function, *shapes) -> list[str]:
     """Names of the kernels of a gradient that is lowered for a GPU, which need not be there."""
     gradient = jax.jit(jax.grad(lambda x, *rest: function(x, *rest).astype(jnp.float32).sum()))
     mesh = contextlib.nullcontext()
-    if hasattr(jax.sharding, "AbstractDevice"):  # jax 0.11 asks what kind it is
+    if jax.__version_info__ >= (0, 11):  # which asks what kind it is
         device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "cuda")
         axes = (jax.sharding.AxisType.Auto,)
         mesh = jax.sharding.use_abstract_mesh(
