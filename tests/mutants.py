@@ -61,7 +61,7 @@ MUTANTS = [
         "decoding attends to padding",
         "if allowed_BxHx1xK is not None:",
         "if False:",
-        "tests/test_generation.py -k padded",
+        "tests/test_model.py -k cached_steps; tests/test_generation.py -k padded",
     ),
     Mutant(
         "kernels that end a residual branch are not drawn smaller",

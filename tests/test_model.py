@@ -138,11 +138,13 @@ def test_initial_weights_have_gpt2s_distribution(tiny_config):
             assert abs(leaf.mean()) < 5 * std / np.sqrt(leaf.size), name
 
 
-def test_cached_steps_give_the_logits_of_one_pass(tiny_config):
+@pytest.mark.parametrize("masked", [False, True])
+def test_cached_steps_give_the_logits_of_one_pass(tiny_config, masked):
     config = tiny_config()
     _, params = torch_twin(config)
     module, ids = FlaxGPT2LMHeadModule(config), jnp.asarray(random_ids(config))
-    whole = module.apply({"params": params}, ids).logits
+    mask = jnp.ones((B, T), jnp.int32).at[0, 1].set(0) if masked else None
+    whole = module.apply({"params": params}, ids, mask).logits
     cache = empty_cache(config, B, T, jnp.float32)
     made = module.init(jax.random.key(0), ids, init_cache=True)["cache"]
     jax.tree.map(np.testing.assert_array_equal, cache, made)
@@ -151,6 +153,7 @@ def test_cached_steps_give_the_logits_of_one_pass(tiny_config):
         output, updated = module.apply(
             {"params": params, "cache": cache},
             ids[:, start:end],
+            mask,
             position_ids=positions,
             mutable=["cache"],
         )
