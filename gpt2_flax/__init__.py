@@ -8,13 +8,13 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 __version__ = "0.1.0"
 # The names that transformers 4 had, by the room they are in.
 _ROOMS = {
-    "pretrained": (
+    "pretrained.modeling": (
         "FlaxGPT2LMHeadModel",
         "FlaxGPT2Model",
         "FlaxGPT2PreTrainedModel",
     ),
-    "model": ("FlaxGPT2LMHeadModule", "FlaxGPT2Module"),
-    "logits_processors": (
+    "model.gpt2": ("FlaxGPT2LMHeadModule", "FlaxGPT2Module"),
+    "generation.logits_processors": (
         "FlaxForceTokensLogitsProcessor",
         "FlaxForcedBOSTokenLogitsProcessor",
         "FlaxForcedEOSTokenLogitsProcessor",
@@ -34,7 +34,7 @@ __all__ = sorted(name for names in _ROOMS.values() for name in names)
 
 
 def __getattr__(name: str):
-    # Loaded on first use: gpt2_flax.config must not cost an import of JAX.
+    # Loaded on first use: gpt2_flax.config.train_config must not cost an import of JAX.
     import importlib
 
     for room, names in _ROOMS.items():

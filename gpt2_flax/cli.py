@@ -9,9 +9,9 @@ import pathlib
 import sys
 
 from gpt2_flax import __version__, command_names, huge_pages, xla_flags
+from gpt2_flax.config.settings import ArgumentParser, closest, plain, wide_help
 from gpt2_flax.errors import UserError, run_main
 from gpt2_flax.imports import leave_out_torch, no_garbage
-from gpt2_flax.settings import ArgumentParser, closest, plain, wide_help
 
 ABOUT = {
     "train": "train GPT-2 from text, or resume a run",
@@ -72,16 +72,16 @@ def without_a_command(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> int:
-    from gpt2_flax.config import dump_yaml, load_config
+    from gpt2_flax.config.train_config import dump_yaml, load_config
 
     config = load_config(argv)
     if config.print_config:
         print(dump_yaml(config), end="")
         return 0
     # What is imported for a run stays until its end, so the garbage collector need not look at it.
-    is_imported = "gpt2_flax.train" in sys.modules
+    is_imported = "gpt2_flax.training.train" in sys.modules
     with contextlib.nullcontext() if is_imported else no_garbage():
-        from gpt2_flax.train import train
+        from gpt2_flax.training.train import train
 
     return train(config)
 
@@ -103,8 +103,8 @@ def generate(argv: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
 
-    from gpt2_flax.generation import continue_text
-    from gpt2_flax.pretrained import load_with_tokenizer
+    from gpt2_flax.generation.generation import continue_text
+    from gpt2_flax.pretrained.modeling import load_with_tokenizer
 
     model, tokenizer = load_with_tokenizer(args.model)
     print(
@@ -128,7 +128,7 @@ def _seed(text: str) -> int:
 
 
 def evaluate(argv: list[str]) -> None:
-    from gpt2_flax.evaluate_command import dump, evaluate, load_config
+    from gpt2_flax.evaluation.evaluate import dump, evaluate, load_config
 
     print(dump(evaluate(load_config(argv))))
 
@@ -162,7 +162,7 @@ def convert(argv: list[str]) -> None:
     direction, output = args.pop("command"), args.pop("output")
     args.pop("debug")
 
-    from gpt2_flax import convert
+    from gpt2_flax.pretrained import convert
 
     done = getattr(convert, direction)(args.pop("source"), output, **args)
     print(f"{done.source} -> {output}: {', '.join(done.files)}")
@@ -173,7 +173,7 @@ def convert(argv: list[str]) -> None:
 
 
 def benchmark(argv: list[str]) -> None:
-    from gpt2_flax.benchmark_command import build_parser, run
+    from gpt2_flax.evaluation.benchmark_command import build_parser, run
 
     run(build_parser(), argv)
 
@@ -204,7 +204,7 @@ def parity(argv: list[str]) -> None:
     settings = vars(parser.parse_args(argv))
     settings.pop("debug")
 
-    from gpt2_flax import parity
+    from gpt2_flax.evaluation import parity
 
     result = parity.run(settings)
     print(

@@ -44,7 +44,7 @@ def keep_compiled_programs(folder: pathlib.Path) -> None:
     They lie in .pytest_cache, a folder for each kind of processor; `pytest --cache-clear`
     removes them.
     """
-    from gpt2_flax.compilation_cache import processor
+    from gpt2_flax.distributed.compilation_cache import processor
 
     folder = folder / processor()
     os.environ["COMPILED_BY_TESTS"] = str(folder)  # for tests.fork_server

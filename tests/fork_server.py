@@ -107,7 +107,7 @@ class Run:
 
 def serve() -> None:
     """In the server: import what a run needs, then fork one at each request."""
-    needed = ("matplotlib.figure", "orbax.checkpoint", "gpt2_flax.train", "scripts.train")
+    needed = ("matplotlib.figure", "orbax.checkpoint", "gpt2_flax.training.train", "scripts.train")
     for name in (*needed, *sys.argv[1:]):
         importlib.import_module(name)
 

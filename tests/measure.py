@@ -83,10 +83,10 @@ def log_rows(report_to: str, n_rows: int = 600) -> tuple[float, float]:
     """Median milliseconds of a row of the log: (of the thread's processor time, by the clock)."""
     import jax.numpy as jnp
 
-    from gpt2_flax import metrics, reporters
+    from gpt2_flax.reporting import metrics, trackers
 
     with tempfile.TemporaryDirectory() as folder:
-        reporter = reporters.make(report_to, folder, {}, 0)
+        reporter = trackers.make(report_to, folder, {}, 0)
         log, progress = metrics.RunLog(folder, reporter), metrics.Progress(n_rows, 0)
         meter = metrics.Meter(metrics.NOTHING_BEFORE, 1.0, None, 10)
         values = {name: jnp.float32(2) for name in ("loss_sum", "tokens", "grad_norm")}
@@ -146,17 +146,19 @@ def check(n_steps: int = 120) -> None:
     import jax
     import transformers
 
-    from gpt2_flax import config, parallel, plan, step
+    from gpt2_flax.config import train_config
+    from gpt2_flax.distributed import parallel
+    from gpt2_flax.training import setup, step
 
-    settings = config.TrainConfig(dropout=0.0, max_steps=1000)
+    settings = train_config.TrainConfig(dropout=0.0, max_steps=1000)
     sizes = transformers.GPT2Config(
         n_layer=4, n_head=4, n_embd=256, vocab_size=8192, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     )
-    module = plan.make_module(settings, sizes)
-    _, optimizer = plan.make_optimizer(settings, 1000, lambda value: value)
-    batch = parallel.put_batch(plan.blank_batch(8, 128), 1)
+    module = setup.make_module(settings, sizes)
+    _, optimizer = setup.make_optimizer(settings, 1000, lambda value: value)
+    batch = parallel.put_batch(setup.blank_batch(8, 128), 1)
     make = functools.partial(step.init_state, model=module, optimizer=optimizer)
-    fixed = plan.fixed_for_step(settings, module, optimizer)
+    fixed = setup.fixed_for_step(settings, module, optimizer)
     update, runs = step.update, {}
 
     def always(state, grads, optimizer, is_wanted, in_place):
@@ -196,7 +198,9 @@ def engine(n_steps: int = 150) -> None:
     import jax
     import transformers
 
-    from gpt2_flax import config, parallel, plan
+    from gpt2_flax.config import train_config
+    from gpt2_flax.distributed import parallel
+    from gpt2_flax.training import setup
 
     sizes = transformers.GPT2Config(
         n_layer=4, n_head=4, n_embd=256, vocab_size=8192, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
@@ -204,11 +208,11 @@ def engine(n_steps: int = 150) -> None:
     runs = []
     for name in ("pmap", "jit"):
         rows = 8 // jax.device_count()
-        settings = config.TrainConfig(dropout=0.0, batch_size=rows, parallel=name)
-        module = plan.make_module(settings, sizes)
-        optimizer, update = plan.trial(settings, module)
-        batch = parallel.put_batch(plan.blank_batch(8, 128), 1, name)
-        state, _ = update(plan.new_state(jax.random.key(0), module, optimizer, name), batch)
+        settings = train_config.TrainConfig(dropout=0.0, batch_size=rows, parallel=name)
+        module = setup.make_module(settings, sizes)
+        optimizer, update = setup.trial(settings, module)
+        batch = parallel.put_batch(setup.blank_batch(8, 128), 1, name)
+        state, _ = update(setup.new_state(jax.random.key(0), module, optimizer, name), batch)
         runs.append([update, state, batch, []])
     for _ in range(n_steps):
         for of_one in runs:
@@ -287,7 +291,7 @@ def compare_copies() -> None:
     import jax
     import jax.numpy as jnp
 
-    from gpt2_flax import parallel
+    from gpt2_flax.distributed import parallel
 
     state = parallel.replicate(lambda: [jnp.ones(124_439_808) for _ in range(3)])
     taken = []

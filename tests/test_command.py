@@ -8,9 +8,10 @@ import tomllib
 
 import pytest
 
-from gpt2_flax import cli, command_names, huge_pages, outcome, recipes
-from gpt2_flax.config import load_config
+from gpt2_flax import cli, command_names, huge_pages, recipes
+from gpt2_flax.config.train_config import load_config
 from gpt2_flax.errors import UserError
+from gpt2_flax.reporting import summary
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -83,7 +84,7 @@ def test_a_run_names_the_command_that_it_was_started_by():
     with command_names.typed_as_gpt2_flax():
         assert command_names.typed("generate") == "gpt2-flax generate"
     assert command_names.typed("generate") == "python scripts/generate.py"
-    assert outcome.typed is command_names.typed
+    assert summary.typed is command_names.typed
 
 
 def test_python_m_is_the_command_and_needs_no_jax_to_refuse():

@@ -21,8 +21,8 @@ import urllib.request
 
 import pytest
 
-from gpt2_flax.config import TrainConfig, dump_yaml
-from gpt2_flax.data import hub
+from gpt2_flax import hub
+from gpt2_flax.config.train_config import TrainConfig, dump_yaml
 from gpt2_flax.errors import (
     CheckpointError,
     NumericsError,

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPT2Config
 
 from gpt2_flax import FlaxGPT2LMHeadModel
 from gpt2_flax.data.tokenizers import make_tokenizer
-from gpt2_flax.pretrained import FlaxGPT2Model
+from gpt2_flax.pretrained.modeling import FlaxGPT2Model
 
 SIZES = {
     "n_layer": 1, "n_head": 3, "n_embd": 12, "n_positions": 40, "vocab_size": 257,

@@ -26,7 +26,7 @@ def test_transformers_is_imported_as_if_there_were_no_pytorch():
         "from gpt2_flax.imports import leave_out_torch\nleave_out_torch()\n"
         "import importlib.util, sys\nassert importlib.util.find_spec('transformers')\n"
         "import transformers\nassert 'torch' not in sys.modules\n"
-        "import gpt2_flax.pretrained\nassert 'torch' not in sys.modules\n"
+        "import gpt2_flax.pretrained.modeling\nassert 'torch' not in sys.modules\n"
         "import torch\n"  # whoever wants it gets it
         "assert not transformers.utils.is_torch_available()\nprint(torch.ones(2).sum())"
     )
@@ -35,7 +35,7 @@ def test_transformers_is_imported_as_if_there_were_no_pytorch():
 
 
 def test_a_trainer_starts_without_transformers():
-    done = run("import gpt2_flax.train, sys\nassert 'transformers' not in sys.modules")
+    done = run("import gpt2_flax.training.train, sys\nassert 'transformers' not in sys.modules")
     assert done.returncode == 0, done.stderr
 
 
@@ -155,7 +155,7 @@ def test_a_run_goes_on_without_transformers(tmp_path):
     assert done.returncode == 0, done.stderr
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     before_the_loop = (
-        "from gpt2_flax import train\nimport sys\n"
+        "from gpt2_flax.training import train\nimport sys\n"
         "train.loop = lambda *a: sys.exit(f\"{a[2].step} {'transformers' in sys.modules}\")\n"
     )
     done = run(before_the_loop + whole)

@@ -16,9 +16,9 @@ FORBIDDEN_MODULES = {
     *("jsonpickle", "torch"),
 }
 # The one file that trains PyTorch's model beside ours, and imports it when it does.
-MAY_IMPORT_PYTORCH = {"gpt2_flax/benchmark_train.py", "gpt2_flax/parity.py"}
-# Needs lm_eval, an optional extra: tests/test_lm_eval_adapter.py imports it where that is there.
-NEEDS_AN_EXTRA = {"gpt2_flax.lm_eval_adapter"}
+MAY_IMPORT_PYTORCH = {"gpt2_flax/evaluation/benchmark_train.py", "gpt2_flax/evaluation/parity.py"}
+# These need lm_eval, an optional extra: tests/evaluation/test_lm_eval_adapter.py imports them.
+NEEDS_AN_EXTRA = {"gpt2_flax.evaluation.lm_eval_adapter", "gpt2_flax.lm_eval_adapter"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {
     *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"),
@@ -114,10 +114,10 @@ def imported_with(statements):
 def test_settings_and_their_faults_need_no_jax():
     scripts = [str(path) for path in SOURCES if path.parent.name == "scripts"]
     modules = imported_with(
-        "import gpt2_flax, gpt2_flax.config, gpt2_flax.data.hub, runpy\n"
+        "import gpt2_flax, gpt2_flax.config.train_config, gpt2_flax.hub, runpy\n"
         f"for script in {scripts}: runpy.run_path(script)"
     )
-    assert "gpt2_flax.config" in modules
+    assert "gpt2_flax.config.train_config" in modules
     assert modules.isdisjoint({"jax", "numpy", "flax", "transformers", "huggingface_hub"})
 
 

@@ -11,7 +11,8 @@ import jax
 import pytest
 import transformers
 
-from gpt2_flax import model, outputs, pretrained
+from gpt2_flax.model import gpt2, outputs
+from gpt2_flax.pretrained import modeling
 from tests.recorded import record
 
 SURFACE = json.loads((record.HERE / "surface.json").read_text("utf-8"))
@@ -63,7 +64,7 @@ def compare(method, theirs, ours):
 
 
 def differences(name):
-    theirs, ours = SURFACE["classes"][name], record.describe_class(getattr(pretrained, name))
+    theirs, ours = SURFACE["classes"][name], record.describe_class(getattr(modeling, name))
     for member, facts in theirs.items():
         has_head = name == "FlaxGPT2LMHeadModel"
         if member not in ours:
@@ -85,7 +86,7 @@ def test_nothing_of_the_originals_class_is_missing(name):
 
 @pytest.mark.parametrize("name", SURFACE["instances"])
 def test_an_instance_has_the_originals_attributes(name):
-    instance = getattr(pretrained, name)(transformers.GPT2Config(**record.SIZES), _do_init=False)
+    instance = getattr(modeling, name)(transformers.GPT2Config(**record.SIZES), _do_init=False)
     for attribute, type_name in SURFACE["instances"][name].items():
         value = getattr(instance, attribute)
         if type_name in ("NoneType", "GenerationConfig", "tuple"):
@@ -98,7 +99,7 @@ def test_an_instance_has_the_originals_attributes(name):
 @pytest.mark.parametrize("name", ["FlaxGPT2Module", "FlaxGPT2LMHeadModule"])
 def test_the_modules_are_built_and_called_as_the_originals(name):
     """The order of `module.apply`, which training code of the time depended on."""
-    module, facts = getattr(model, name), SURFACE["modules"][name]
+    module, facts = getattr(gpt2, name), SURFACE["modules"][name]
     fields = [field.name for field in dataclasses.fields(module)]
     assert fields[: len(facts["fields"])] == [field for field, _ in facts["fields"]]
     ours = record.describe_signature(module.__call__)
@@ -107,7 +108,7 @@ def test_the_modules_are_built_and_called_as_the_originals(name):
 
 @pytest.mark.parametrize("name", SURFACE["modules"])
 def test_the_originals_modules_have_their_namesakes(name):
-    assert inspect.isclass(getattr(model, name))
+    assert inspect.isclass(getattr(gpt2, name))
 
 
 @pytest.mark.parametrize("name", SURFACE["outputs"])

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gpt2_flax import checkpoint_files, metrics
-from gpt2_flax.config import load_config
-from gpt2_flax.train import train
+from gpt2_flax.config.train_config import load_config
+from gpt2_flax.pretrained import orbax_files
+from gpt2_flax.reporting import metrics
+from gpt2_flax.training.train import train
 
 TINY = [
     "--n_layers", "1", "--n_heads", "2", "--n_embd", "8", "--n_positions", "24",
@@ -64,14 +65,14 @@ def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
 
 def learned(output_dir: pathlib.Path) -> tuple:
     """Everything a run has learned: state and cursor of its newest checkpoint."""
-    newest = checkpoint_files.locate(output_dir, None)
+    newest = orbax_files.locate(output_dir, None)
     as_numpy = jax.tree.map(
         lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray),
-        checkpoint_files.stored_shapes(newest),
+        orbax_files.stored_shapes(newest),
     )
     with ocp.PyTreeCheckpointer() as reader:
         state = reader.restore(newest / "state", restore_args=as_numpy)
-    return state, checkpoint_files.read_meta(newest)["cursor"]
+    return state, orbax_files.read_meta(newest)["cursor"]
 
 
 def assert_same_run(a: pathlib.Path, b: pathlib.Path) -> None:

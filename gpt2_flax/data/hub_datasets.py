@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from gpt2_flax.config import DATASET_ALIASES, TrainConfig
-from gpt2_flax.data import hub
+from gpt2_flax import hub
+from gpt2_flax.config.settings import plain
+from gpt2_flax.config.train_config import DATASET_ALIASES, TrainConfig
 from gpt2_flax.data.files import first_line
 from gpt2_flax.data.sources import Piece, digest, whole_document
 from gpt2_flax.data.token_files import temporary_beside
 from gpt2_flax.errors import StorageError, UserError
-from gpt2_flax.settings import plain
 
 SHARD = 1 << 40  # a position in a stream is SHARD x the shard's number + the row in it
 ROWS_AT_ONCE = 1000

@@ -25,11 +25,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gpt2_flax.config import EMBEDDED_DATASET, TrainConfig
+from gpt2_flax.config.settings import plain
+from gpt2_flax.config.train_config import EMBEDDED_DATASET, TrainConfig
 from gpt2_flax.data import files
-from gpt2_flax.data.cuts import cut_up
+from gpt2_flax.data.chunking import cut_up
 from gpt2_flax.errors import UserError
-from gpt2_flax.settings import plain
 
 FILE = 1 << 44  # a position is FILE x the file's number + the place in it
 SEARCH_BYTES = 1 << 20  # read at once where a place to split a file is looked for

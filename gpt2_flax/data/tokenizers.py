@@ -17,8 +17,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from gpt2_flax.data import hub
-from gpt2_flax.data.cuts import (
+from gpt2_flax import hub
+from gpt2_flax.data.chunking import (
     SOLID,
     Cuts,
     bytes_to_characters,

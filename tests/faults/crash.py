@@ -3,7 +3,7 @@
 import os
 import sys
 
-from gpt2_flax import metrics
+from gpt2_flax.reporting import metrics
 from scripts import train
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "HF_ENDPOINT")

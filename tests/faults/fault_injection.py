@@ -13,7 +13,7 @@ import numpy as np
 
 def stop_after(step: int, number: int = signal.SIGTERM) -> None:
     """Send the process a signal right after a step."""
-    from gpt2_flax import metrics
+    from gpt2_flax.reporting import metrics
 
     def also(self, n, values):
         if n == step:
@@ -28,7 +28,7 @@ def set_variables(variables: dict[str, str]) -> None:
 
 def lose_patience(seconds: float, slow: float = 0.0) -> None:
     """Give up a process that is silent for so long."""
-    from gpt2_flax import processes
+    from gpt2_flax.distributed import processes
 
     processes.SILENT_SECONDS = seconds
     slow_down(slow)
@@ -36,7 +36,8 @@ def lose_patience(seconds: float, slow: float = 0.0) -> None:
 
 def hang_alone(step: int, process: int, patience: float) -> None:
     """One process hangs after a step, and the threads of it that show life go on."""
-    from gpt2_flax import metrics, processes
+    from gpt2_flax.distributed import processes
+    from gpt2_flax.reporting import metrics
 
     processes.SILENT_SECONDS = patience
 
@@ -49,7 +50,7 @@ def hang_alone(step: int, process: int, patience: float) -> None:
 
 
 def fail_alone(step: int, process: int) -> None:
-    from gpt2_flax import metrics
+    from gpt2_flax.reporting import metrics
 
     def also(self, n, values):
         if n == step and jax.process_index() == process:
@@ -60,21 +61,22 @@ def fail_alone(step: int, process: int) -> None:
 
 def linger(seconds: float) -> None:
     """Come later to what all processes refuse."""
-    from gpt2_flax import processes
+    from gpt2_flax.distributed import processes
 
     precede(processes, "refuse_together", lambda *arguments: time.sleep(seconds))
 
 
 def slow_down(seconds: float) -> None:
     """Let each step take that much longer."""
-    from gpt2_flax import metrics
+    from gpt2_flax.reporting import metrics
 
     follow(metrics.Meter, "add", lambda self, n, values: time.sleep(seconds))
 
 
 def slow_device(seconds: float, long_step: float) -> None:
     """Let the device take that much longer for each step, which the host need not wait for."""
-    from gpt2_flax import parallel, train
+    from gpt2_flax.distributed import parallel
+    from gpt2_flax.training import train
 
     train.LONG_STEP = long_step
     compile_train_step = parallel.compile_train_step
@@ -99,7 +101,7 @@ def slow_device(seconds: float, long_step: float) -> None:
 
 def hold(step: int, path: str) -> None:
     """Wait after a step for as long as there is a file, made then, which a test takes away."""
-    from gpt2_flax import metrics
+    from gpt2_flax.reporting import metrics
 
     def also(self, n, values):
         if n == step:
@@ -111,7 +113,7 @@ def hold(step: int, path: str) -> None:
 
 
 def fail_in_step(step: int) -> None:
-    from gpt2_flax import metrics
+    from gpt2_flax.reporting import metrics
 
     def also(self, n, values):
         if n == step:
@@ -121,7 +123,7 @@ def fail_in_step(step: int) -> None:
 
 
 def exit_in_step(step: int) -> None:
-    from gpt2_flax import metrics
+    from gpt2_flax.reporting import metrics
 
     def also(self, n, values):
         if n == step:
@@ -131,17 +133,18 @@ def exit_in_step(step: int) -> None:
 
 
 def fail_in_evaluation(step: int) -> None:
-    from gpt2_flax import evaluate, metrics
+    from gpt2_flax.evaluation import scorer
+    from gpt2_flax.reporting import metrics
 
     def also(self, n, values):
         if n >= step:
-            evaluate.mean_loss = fail
+            scorer.mean_loss = fail
 
     follow(metrics.Meter, "add", also)
 
 
 def fail_in_logging(step: int) -> None:
-    from gpt2_flax import metrics
+    from gpt2_flax.reporting import metrics
 
     def also(self, row):
         if row["step"] >= step:
@@ -151,7 +154,7 @@ def fail_in_logging(step: int) -> None:
 
 
 def fail_in_data(step: int) -> None:
-    from gpt2_flax import parallel
+    from gpt2_flax.distributed import parallel
 
     prefetch = parallel.prefetch
 
@@ -166,7 +169,7 @@ def fail_in_data(step: int) -> None:
 
 def fail_in_save(step: int) -> None:
     """The disk is full when the last files of a step are written, in the thread that saves."""
-    from gpt2_flax import manifest
+    from gpt2_flax.pretrained import manifest
 
     def also(directory, saved):
         if saved == step:
@@ -177,7 +180,7 @@ def fail_in_save(step: int) -> None:
 
 def flip_a_bit(step: int, device: int) -> None:
     """After a step, one bit of one weight in one device's copy is another."""
-    from gpt2_flax import parallel
+    from gpt2_flax.distributed import parallel
 
     compile_train_step = parallel.compile_train_step
 
@@ -234,14 +237,14 @@ def precede(owner, name, also) -> None:
 
 def never_compare() -> None:
     """The copies of a state must not be compared."""
-    from gpt2_flax import parallel
+    from gpt2_flax.distributed import parallel
 
     parallel.differing_replicas = fail
 
 
 def hang_in_step(step: int) -> None:
     """Wait for the device, which does not come back, inside a step."""
-    from gpt2_flax import metrics
+    from gpt2_flax.reporting import metrics
 
     def also(self, n, values):
         if n == step:
@@ -251,7 +254,7 @@ def hang_in_step(step: int) -> None:
 
 
 def hang_in_compilation() -> None:
-    from gpt2_flax import parallel
+    from gpt2_flax.distributed import parallel
 
     parallel.compile_train_step = lambda *arguments: lambda *arguments: hang()
 

@@ -3,7 +3,9 @@
 import json
 import time
 
-from gpt2_flax import checkpoint, manifest, metrics
+from gpt2_flax.pretrained import manifest
+from gpt2_flax.reporting import metrics
+from gpt2_flax.training import checkpoint
 from tests.tiny_runs import learned
 
 SETTINGS = {

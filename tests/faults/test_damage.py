@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_flax import checkpoint, checkpoint_files, manifest, parallel
+from gpt2_flax.distributed import parallel
 from gpt2_flax.errors import CheckpointError
+from gpt2_flax.pretrained import manifest, orbax_files
+from gpt2_flax.training import checkpoint
 
 STEPS = (8, 9, 12)
 NEWEST = "12"
@@ -287,14 +289,14 @@ def test_with_none_that_is_whole_nothing_starts_afresh_and_nothing_is_moved(soun
 
 def test_converting_and_generating_find_damage_too(sound, tmp_path):
     shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
-    assert checkpoint_files.locate(tmp_path, None).name == NEWEST
+    assert orbax_files.locate(tmp_path, None).name == NEWEST
     flip("state/d/*")(tmp_path / "checkpoints" / NEWEST, random.Random(0), None)
     for path in (tmp_path, tmp_path / "checkpoints" / NEWEST):
         with pytest.raises(
             CheckpointError, match=r"12 is damaged: state/d/\w+ was changed\n  nam"
         ):
-            checkpoint_files.locate(path, None)
-    assert checkpoint_files.locate(tmp_path, 9).name == "9"
+            orbax_files.locate(path, None)
+    assert orbax_files.locate(tmp_path, 9).name == "9"
 
 
 def test_a_manifest_says_what_was_saved(sound):

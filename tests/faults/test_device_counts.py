@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt2_flax import checkpoint, metrics
+from gpt2_flax.reporting import metrics
+from gpt2_flax.training import checkpoint
 from tests.faults.runs import SETTINGS, as_argv, steps_of
 
 COUNTS = (1, 2, 4, 8)

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from gpt2_flax import run_directory, train
-from gpt2_flax.config import COMMAND_ONLY, FIELDS, FREE_ON_RESUME, load_config
+from gpt2_flax.config.train_config import COMMAND_ONLY, FIELDS, FREE_ON_RESUME, load_config
 from gpt2_flax.errors import UserError
+from gpt2_flax.training import run_directory, train
 from tests.faults.runs import SETTINGS, as_argv, wait_until_saved
 from tests.tiny_runs import TINY
 

@@ -14,8 +14,9 @@ import time
 
 import pytest
 
-from gpt2_flax import checkpoint, run_files
+from gpt2_flax import filesystem
 from gpt2_flax.errors import StorageError
+from gpt2_flax.training import checkpoint
 from tests.faults.runs import SETTINGS, as_argv, is_saved, saved_steps
 
 N_STEPS = 40  # a quarter of which is the most between two saves
@@ -200,7 +201,7 @@ def test_what_the_system_refuses_is_said(tmp_path, number):
             raise raised
     with (
         pytest.raises(StorageError, match=rf"{reason}\n  .* GB are free there; make room"),
-        run_files.storage_errors(tmp_path / "file"),
+        filesystem.storage_errors(tmp_path / "file"),
     ):
         raise OSError(number, reason)
 

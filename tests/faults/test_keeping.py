@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from orbax.checkpoint import checkpoint_managers
 
-from gpt2_flax import checkpoint, train
+from gpt2_flax.training import checkpoint, train
 
 LOSSES = [1.0, 1.0, 2.0, 0.5, 3.25, -1.0, math.nan, math.inf, -math.inf, None]
 

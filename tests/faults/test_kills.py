@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from gpt2_flax import manifest
+from gpt2_flax.pretrained import manifest
 from tests.faults.runs import SETTINGS, as_argv, learned, logged_steps, saved_steps, steps_of
 
 SAVE_EVERY = SETTINGS["save_every"]

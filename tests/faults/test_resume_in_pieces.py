@@ -59,7 +59,7 @@ def test_a_run_in_pieces_is_a_run(fork_server, short_text, tmp_path, thorough, d
 
 
 def losses(output_dir):
-    from gpt2_flax import metrics
+    from gpt2_flax.reporting import metrics
 
     names = "step", "train_loss", "validation_loss", "epoch", "tokens", "grad_norm"
     rows = metrics.read_log(output_dir / "metrics.jsonl")
