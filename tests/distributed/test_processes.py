@@ -526,10 +526,11 @@ def test_the_code_s_version_depends_on_the_code(monkeypatch, tmp_path):
     before = processes.code_version()
     assert before == processes.code_version()
     copy = tmp_path / "gpt2_flax"
-    shutil.copytree(pathlib.Path(processes.__file__).parent, copy)
-    monkeypatch.setattr(processes, "__file__", str(copy / "processes.py"))
+    shutil.copytree(pathlib.Path(processes.__file__).parents[1], copy)
+    monkeypatch.setattr(processes, "__file__", str(copy / "distributed" / "processes.py"))
     assert processes.code_version() == before
-    (copy / "step.py").write_text((copy / "step.py").read_text() + "\n")
+    changed = copy / "training" / "step.py"
+    changed.write_text(changed.read_text() + "\n")
     assert processes.code_version() != before
 
 

@@ -28,7 +28,7 @@ SINGLE = record.FILES / "single"
 
 def digest_of(directory, name="single"):
     """Of what is in a directory's files, read by the class that wrote the recording."""
-    cls = getattr(convert.pretrained, record.DIRECTORIES[name][1])
+    cls = getattr(convert.modeling, record.DIRECTORIES[name][1])
     _, params = cls.from_pretrained(directory, _do_init=False)
     return record.digest(flatten_dict(params, sep="/"))
 
@@ -331,7 +331,7 @@ def test_untied_models_and_base_models_can_be_started_from(kind, settings, tmp_p
     config = transformers.GPT2Config(
         **record.SIZES | {"vocab_size": 257}, tie_word_embeddings="untied" not in kind
     )
-    cls = convert.pretrained.FlaxGPT2Model if "base" in kind else FlaxGPT2LMHeadModel
+    cls = convert.modeling.FlaxGPT2Model if "base" in kind else FlaxGPT2LMHeadModel
     expected = save_filled(cls(config, _do_init=False), tmp_path)
     chosen, params = choose(settings(tmp_path, tmp_path / "run"))
     assert chosen.tie_word_embeddings is config.tie_word_embeddings
