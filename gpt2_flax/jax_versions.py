@@ -1,7 +1,6 @@
-"""What depends on the version of JAX, of which 0.10 to 0.12 are supported.
+"""Code that depends on the version of JAX. JAX 0.10 to 0.12 are supported.
 
-jax 0.10 is the last for Python 3.11. The first version that is tested no more is excluded in
-pyproject.toml.
+JAX 0.10 is the newest version for Python 3.11. pyproject.toml excludes 0.13, which is not tested.
 """
 
 

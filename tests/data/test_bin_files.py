@@ -1,5 +1,7 @@
 """Files of ids that others wrote are read in the width that they were written in."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -10,11 +12,14 @@ from tests.text_fixtures import Numbers
 IDS = [7, 999, 0, 3] * 9
 
 
-@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i4", "<u8", "<i8"])
-@pytest.mark.parametrize("largest", [1, 999, 2**17])
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [
+        *itertools.product(["<u2", "<u4", "<i4", "<u8", "<i8"], [1, 999]),
+        *itertools.product(["<u4", "<i4", "<u8", "<i8"], [2**17]),
+    ],
+)
 def test_the_width_is_seen_in_the_ids(tmp_path, dtype, largest):
-    if dtype == "<u2" and largest > 2**16:
-        return
     values = np.arange(5000) * 37 % (largest + 1)
     values.astype(dtype).tofile(tmp_path / "a.bin")
     ids, about = id_files([tmp_path / "a.bin"], Numbers(vocab_size=2**18), tmp_path / "cache")
