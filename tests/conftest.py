@@ -98,44 +98,48 @@ class Tiers:
     """
 
     def __init__(self, config):
-        is_thorough = config.getoption("--thorough")
-        self.longer = [] if is_thorough else ["thorough"]
-        if not (is_thorough or config.getoption("--all")):
-            self.longer.append("slow")
-        self.n_left_out = 0
+        self.is_thorough = config.getoption("--thorough")
+        self.has_slow = self.is_thorough or config.getoption("--all")
+        self.n_slow = 0  # left out, and run by --all
 
     def pytest_collection_modifyitems(self, config, items):
         seen = collections.Counter()  # cases of each test function
         kept, left_out = [], []
         for item in items:
             name = item.nodeid.split("[")[0]
-            (left_out if self.is_left_out(item, seen[name]) else kept).append(item)
-            seen[name] += 1
+            number, seen[name] = seen[name], seen[name] + 1
+            if not self.is_thorough and belongs_to("thorough", item, number):
+                left_out.append(item)
+            elif not self.has_slow and belongs_to("slow", item, number):
+                left_out.append(item)
+                self.n_slow += 1
+            else:
+                kept.append(item)
         items[:] = kept
         config.hook.pytest_deselected(items=left_out)
-        self.n_left_out = len(left_out)
-
-    def is_left_out(self, item, number: int) -> bool:
-        """number: of the test's cases, from 0 on."""
-        markers = filter(None, map(item.get_closest_marker, self.longer))
-        every = [marker.kwargs.get("but_every", 0) for marker in markers]
-        return any(n == 0 or number % n for n in every)
 
     def pytest_sessionfinish(self, session):
         if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
-            session.config.workeroutput["n_left_out"] = self.n_left_out
+            session.config.workeroutput["n_slow"] = self.n_slow
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node):
         # Every worker collects all tests, so they all report the same number.
-        self.n_left_out = getattr(node, "workeroutput", {}).get("n_left_out", self.n_left_out)
+        self.n_slow = getattr(node, "workeroutput", {}).get("n_slow", self.n_slow)
 
     def pytest_terminal_summary(self, terminalreporter):
-        if "slow" in self.longer and self.n_left_out:
+        if self.n_slow:
             terminalreporter.write_line(
-                f"fast tier: {self.n_left_out} slow tests were left out;"
+                f"fast tier: {self.n_slow} slow tests were left out;"
                 " `python -m pytest -n auto --all` runs them, too"
             )
+
+
+def belongs_to(tier: str, item, number: int) -> bool:
+    """Whether a test is marked for a longer tier. number: of the test's cases, from 0 on."""
+    marker = item.get_closest_marker(tier)
+    every = marker.kwargs.get("but_every") if marker else 1
+    return every is None or number % every != 0
 
 
 class FailuresAtOnce:

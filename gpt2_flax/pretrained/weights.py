@@ -319,7 +319,7 @@ def fit(leaves: dict, shapes: dict, where: str, ignore_mismatched_sizes: bool = 
             f"{where}: {'/'.join(path)} has shape {found}, the model's is {wanted}{more}\n"
             "  change the configuration, or drop such weights with ignore_mismatched_sizes=True"
         )
-    unexpected.discard(HEAD)  # `settle_head` has seen to it
+    unexpected.discard(HEAD)  # `settle_head` has decided about it
     return Fit(fitting, expected.keys() - met, unexpected, mismatched)
 
 
